@@ -1,0 +1,205 @@
+"""POST /v1/completions (OpenAI API reference, "Create completion")."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from jaxserve.api.errors import invalid_request, unsupported
+from jaxserve.api.generation import (
+    MAX_SEQUENCES,
+    Deltas,
+    Reply,
+    Usage,
+    at_least,
+    deltas_of,
+    encode,
+    generate_options,
+    log_request,
+    new_reply,
+    resolve,
+    sampling_request,
+    with_errors,
+)
+from jaxserve.api.http import DONE, begin_stream, event, json_response, read_json, unless_disconnected
+from jaxserve.api.logprobs import CompletionLogprobs
+from jaxserve.api.schema import CompletionRequest, parse_request
+from jaxserve.api.serving import Serving
+from jaxserve.text.generate import Delta
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, on this route only
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, ready to run. echoes[p] is the text that the choices of prompt p begin with."""
+
+    request: CompletionRequest
+    reply: Reply
+    usage: Usage
+    echoes: tuple[str, ...]
+    num_logprobs: int | None
+
+    @property
+    def num_choices(self) -> int:
+        return self.request.num_choices
+
+    def head(self) -> dict[str, Any]:
+        return self.reply.head()
+
+    def add_usage(self, index: int, delta: Delta) -> None:
+        self.usage.add(index // self.num_choices, index, delta, index % self.num_choices == 0)
+
+
+async def create_completion(serving: Serving, http: Request) -> Response:
+    """Every error is raised before the first byte of the reply."""
+    body = await read_json(http, serving.config.max_body_size)
+    serving.require_ready()
+    request = parse_request(CompletionRequest, body, serving.fields)
+    serving.check_model(request.model)
+    _check(request)
+    prompts = await _encode_prompts(serving, request)
+    max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    wanted = sampling_request(request, max_tokens, request.logprobs)
+    params = [resolve(serving, wanted, len(prompt), request.num_choices) for prompt in prompts]
+    num_prompt = sum(len(prompt) for prompt in prompts)
+    echoes = _echoes(serving, request, prompts)
+    usage = Usage(num_prompt, serving.config.enable_cache_report)
+    reply = new_reply(request, "cmpl", "text_completion")
+    job = Job(request, reply, usage, echoes, request.logprobs)
+    log_request(serving, reply, request, params[0], num_prompt)
+    deltas = deltas_of(serving, prompts, params, generate_options(request, after_text=True))
+    if request.stream:
+        deltas = at_least(deltas, serving.config.stream_interval)
+        return await begin_stream(http, with_errors(_events(serving, job, deltas)))
+    return await unless_disconnected(http, _whole(serving, job, deltas))
+
+
+def _check(request: CompletionRequest) -> None:
+    if request.best_of is not None and request.best_of != request.num_choices:
+        if request.best_of < request.num_choices:
+            raise invalid_request("best_of must not be smaller than n.", "best_of")
+        raise unsupported("best_of larger than n is not supported; ask for n choices and choose yourself.", "best_of")
+    if request.echo and request.logprobs is not None:
+        message = "echo together with logprobs needs log-probabilities of the prompt, which are not supported yet."
+        raise unsupported(message, "echo")
+    prompt = request.prompt
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    num_prompts = len(prompt) if several else 1
+    if num_prompts * request.num_choices > MAX_SEQUENCES:
+        message = f"{num_prompts} prompts with n = {request.num_choices} are too many; prompts * n <= {MAX_SEQUENCES}."
+        raise invalid_request(message, "prompt")
+
+
+async def _encode_prompts(serving: Serving, request: CompletionRequest) -> list[list[int]]:
+    """str, [str], [int] or [[int]] -> token ids per prompt. Raises APIError 400 for ids outside the vocabulary."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [await encode(serving, prompt, "prompt", add_special_tokens=True)]
+    if not prompt:
+        raise invalid_request("'prompt' must not be an empty array.", "prompt", "empty_prompt")
+    if isinstance(prompt[0], int):
+        prompt = [prompt]
+    prompts = []
+    for item in prompt:
+        if isinstance(item, str):
+            prompts.append(await encode(serving, item, "prompt", add_special_tokens=True))
+        else:
+            prompts.append(check_ids(serving, item, "prompt"))
+    return prompts
+
+
+def check_ids(serving: Serving, token_ids: Any, param: str) -> list[int]:
+    """token_ids -> the same ids. Raises APIError 400 for one that the model does not have."""
+    _, ready = serving.require_ready()
+    largest = max(token_ids, default=0)
+    if largest >= ready.vocab_size:
+        message = f"Token id {largest} in {param!r} is not in the vocabulary: ids are 0 to {ready.vocab_size - 1}."
+        raise invalid_request(message, param)
+    return list(token_ids)
+
+
+def _echoes(serving: Serving, request: CompletionRequest, prompts: list[list[int]]) -> tuple[str, ...]:
+    """The prompts as they are echoed: as the client wrote them, or decoded from its ids."""
+    if not request.echo:
+        return ("",) * len(prompts)
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    if isinstance(given[0], str):
+        return tuple(str(item) for item in given)
+    tokenizer, _ = serving.require_ready()
+    return tuple(tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts)
+
+
+def _columns(serving: Serving, job: Job) -> list[CompletionLogprobs]:
+    tokenizer, _ = serving.require_ready()
+    skip = job.request.skip_special_tokens is not False
+    return [CompletionLogprobs(tokenizer, skip, len(echo)) for echo in job.echoes for _ in range(job.num_choices)]
+
+
+async def _whole(serving: Serving, job: Job, deltas: Deltas) -> Response:
+    columns = _columns(serving, job)
+    texts = [[echo] for echo in job.echoes for _ in range(job.num_choices)]
+    ends: list[Delta | None] = [None] * len(texts)
+    try:
+        async for index, delta in deltas:
+            job.add_usage(index, delta)
+            texts[index].append(delta.text)
+            if job.num_logprobs is not None:
+                columns[index].add(delta.text, delta.token_ids, delta.logprobs or ())
+            if delta.finish_reason is not None:
+                ends[index] = delta
+    finally:
+        await deltas.aclose()
+    choices = []
+    for index, end in enumerate(ends):
+        assert end is not None, "every choice ends with a finish reason"
+        choices.append(
+            {
+                "index": index,
+                "text": "".join(texts[index]),
+                "logprobs": None if job.num_logprobs is None else columns[index].columns,
+                "finish_reason": end.finish_reason,
+                "matched_stop": end.matched_stop,
+            }
+        )
+    tail = {"usage": job.usage.as_dict(), "system_fingerprint": None}
+    return json_response({**job.head(), "choices": choices, **tail})
+
+
+async def _events(serving: Serving, job: Job, deltas: Deltas) -> AsyncGenerator[bytes, None]:
+    """Text chunks (the first begins with the echo), one finish chunk per index, usage if asked for, [DONE]."""
+    columns = _columns(serving, job)
+    opened: set[int] = set()
+
+    def chunk(index: int, text: str, logprobs: Any = None, end: Delta | None = None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "matched_stop": None}
+        if end is not None:
+            choice |= {"finish_reason": end.finish_reason, "matched_stop": end.matched_stop}
+        value = {**job.head(), "choices": [choice]}
+        if job.request.include_usage:
+            value["usage"] = job.usage.as_dict() if job.request.usage_in_every_chunk else None
+        return event(value)
+
+    try:
+        async for index, delta in deltas:
+            job.add_usage(index, delta)
+            parts, text = [], delta.text
+            logprobs = None
+            if job.num_logprobs is not None and delta.token_ids:
+                logprobs = columns[index].add(delta.text, delta.token_ids, delta.logprobs or ())
+            if index not in opened:
+                opened.add(index)
+                text = job.echoes[index // job.num_choices] + text
+            if text or logprobs is not None:
+                parts.append(chunk(index, text, logprobs))
+            if delta.finish_reason is not None:
+                parts.append(chunk(index, "", end=delta))
+            if parts:
+                yield b"".join(parts)
+        if job.request.include_usage:
+            yield event({**job.head(), "choices": [], "usage": job.usage.as_dict()})
+        yield DONE
+    finally:
+        await deltas.aclose()

@@ -1,0 +1,136 @@
+"""OpenAI's error shape for everything that can go wrong: {"error": {"message", "type", "param", "code"}}.
+
+APIError
+├── invalid_request   400 what the client sent is wrong, or is not supported
+├── not_found         404
+└── unavailable       503 starting, overloaded, stopping or dead
+"""
+
+import logging
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from jaxserve.client import EngineOverloaded, EngineUnavailable
+from jaxserve.text.params import ParameterError
+
+log = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody reads it but the access log
+RETRY_AFTER_SECONDS = 1
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+class APIError(Exception):
+    """An answer other than 2xx. param is the request field at fault, code a word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers, self.extra = headers or {}, extra or {}
+
+    def body(self) -> dict[str, Any]:
+        """The reply's JSON; `extra` stands beside "error"."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, **self.extra}
+
+    def response(self) -> Response:
+        return Response(orjson.dumps(self.body()), self.status, self.headers, "application/json")
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, param=param, code=code)
+
+
+def unsupported(message: str, param: str) -> APIError:
+    """400 for a field that is known and that has an effect this server does not have."""
+    return APIError(400, message, param=param, code="unsupported_parameter")
+
+
+def not_found(message: str, param: str | None = None, code: str = "not_found") -> APIError:
+    return APIError(404, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str, extra: dict[str, Any] | None = None) -> APIError:
+    return APIError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_SECONDS)}, extra=extra)
+
+
+def internal_error(headers: dict[str, str] | None = None) -> APIError:
+    message = "Internal server error. The server's log has the details."
+    return APIError(500, message, code="internal_error", headers=headers)
+
+
+def as_api_error(error: Exception) -> APIError | None:
+    """What the rooms below raise, in HTTP's words; None for what nobody expected."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, ParameterError):
+        return invalid_request(error.message, error.param, error.code)
+    if isinstance(error, EngineOverloaded):
+        return unavailable(str(error), "server_overloaded")
+    if isinstance(error, EngineUnavailable):
+        return unavailable(str(error), "engine_unavailable")
+    return None
+
+
+async def _on_known_error(request: Request, error: Exception) -> Response:
+    known = as_api_error(error)
+    assert known is not None
+    return known.response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: unknown route, wrong method."""
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"Unknown request URL: {request.method} {request.url.path}. See GET /openapi.json for what is served."
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} is not allowed on {request.url.path}; use {allowed}."
+    code = _CODES.get(error.status_code)
+    return APIError(error.status_code, message, code=code, headers=dict(error.headers or {})).response()
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    return invalid_request(f"{where}: {first['msg']}", param=where or None).response()
+
+
+async def _on_client_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """500 without details; the traceback is logged by uvicorn, since Starlette raises the error again after this."""
+    headers = {"x-request-id": request.scope.get("jaxserve.request_id", "")}  # this handler stands outside the Door
+    return internal_error(headers).response()
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers that give every error OpenAI's shape."""
+    for known in (APIError, ParameterError, EngineOverloaded, EngineUnavailable):
+        app.add_exception_handler(known, _on_known_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
+    app.add_exception_handler(Exception, _on_bug)

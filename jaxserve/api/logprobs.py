@@ -1,0 +1,80 @@
+"""Log-probabilities in OpenAI's two shapes: a list of entries (chat) and parallel columns (completions)."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import TokenLogprobs
+
+MIN_LOGPROB = -9999.0  # JSON has no -inf; the same stand-in as OpenAI's and SGLang's
+
+
+def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """token_ids [N], logprobs [N] -> choices[].logprobs of a chat completion."""
+    content = []
+    for token_id, item in zip(token_ids, logprobs, strict=True):
+        top = [_entry(tokenizer, other, value) for other, value in zip(item.top_ids, item.top_logprobs, strict=True)]
+        content.append({**_entry(tokenizer, token_id, item.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    token_bytes = tokenizer.token_bytes(token_id)
+    return {"token": tokenizer.token_text(token_id), "bytes": list(token_bytes), "logprob": _finite(logprob)}
+
+
+def _finite(logprob: float) -> float:
+    return max(MIN_LOGPROB, logprob)  # NaN compares false
+
+
+def _token_key(tokenizer: Tokenizer, token_id: int) -> str:
+    """The token's text; bytes that are no text as "bytes:\\xe2\\x80", so that keys stay apart."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@dataclass
+class CompletionLogprobs:
+    """Columns of one choice of a completion. text_offset counts characters of the text that the choice returns."""
+
+    tokenizer: Tokenizer
+    skip_special_tokens: bool
+    offset: int = 0  # characters returned so far, an echoed prompt included
+    columns: dict[str, list[Any]] = field(default_factory=lambda: _empty_columns())
+
+    def add(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        """The columns of one delta (text and the tokens it completes), which also join self.columns."""
+        added = _empty_columns()
+        for token_id, item, offset in zip(token_ids, logprobs, self._offsets(text, token_ids), strict=True):
+            key = _token_key(self.tokenizer, token_id)
+            top = {}
+            for other, value in zip(item.top_ids, item.top_logprobs, strict=True):
+                top.setdefault(_token_key(self.tokenizer, other), _finite(value))
+            top.setdefault(key, _finite(item.logprob))
+            added["tokens"].append(key)
+            added["token_logprobs"].append(_finite(item.logprob))
+            added["top_logprobs"].append(top)
+            added["text_offset"].append(offset)
+        for name, column in added.items():
+            self.columns[name].extend(column)
+        self.offset += len(text)
+        return added
+
+    def _offsets(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        """Where each token begins. A token inside a character begins where the character ends up to be."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        offsets, length = [], 0
+        for token_id in token_ids:
+            offsets.append(self.offset + min(length, len(text)))
+            if not (self.skip_special_tokens and token_id in self.tokenizer.special_ids):
+                length += len(decoder.decode(self.tokenizer.token_bytes(token_id)))
+        return offsets
+
+
+def _empty_columns() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

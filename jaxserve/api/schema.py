@@ -1,0 +1,260 @@
+"""What a client may send to the two generation routes, and what becomes of every field it names.
+
+A field is one of three things, and each is said somewhere below:
+  honoured                     a field of ChatRequest or CompletionRequest
+  known, with an effect        REFUSED: a value that would change the answer is a 400; a neutral one is accepted
+  unknown, or without effect   accepted, and logged once by name
+Ranges are checked where the words become SamplingParams (text.params), so that the library interface has them too.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from jaxserve.api.errors import invalid_request, unsupported
+
+log = logging.getLogger(__name__)
+
+MAX_CHOICES = 128  # OpenAI's limit for n
+MAX_STOPS = 4  # OpenAI's limit
+MAX_ID_LENGTH = 256
+MAX_LOGGED_FIELDS = 256
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """The fields that both routes share. Types are strict: "1" is no number, and true is no integer."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    rid: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # SGLang: becomes the reply's id
+    request_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # vLLM's name for it
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"{len(stops)} stop strings were given; at most {MAX_STOPS} are allowed")
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        return stop
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None  # wins over max_tokens, its older name
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # OpenAI allows 5
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """neutral: values that ask for nothing and are accepted, besides null. why: the end of the error message."""
+
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+
+_GRAMMAR = Refused("structured output is not supported yet; ask for the format in the prompt and leave the field out")
+_TOOLS = Refused("tool calling is not supported yet", ([], "none"))
+_CACHE = Refused("separate prefix caches are not supported")
+_SAMPLER = "this sampler is not supported; temperature, top_k, top_p and min_p are"
+
+REFUSED: dict[str, Refused] = {
+    "response_format": Refused(_GRAMMAR.why, ({"type": "text"},)),
+    "tools": _TOOLS,
+    "tool_choice": _TOOLS,
+    "functions": _TOOLS,
+    "function_call": _TOOLS,
+    "regex": _GRAMMAR,
+    "ebnf": _GRAMMAR,
+    "grammar": Refused(_GRAMMAR.why, ("",)),
+    "json_schema": _GRAMMAR,
+    "structured_outputs": _GRAMMAR,
+    "guided_json": _GRAMMAR,
+    "guided_regex": _GRAMMAR,
+    "guided_choice": _GRAMMAR,
+    "guided_grammar": _GRAMMAR,
+    "structural_tag": _GRAMMAR,
+    "modalities": Refused("only text is generated here", ([], ["text"])),
+    "audio": Refused("only text is generated here"),
+    "web_search_options": Refused("this server does not search the web"),
+    "moderation": Refused("this server does not moderate"),
+    "suffix": Refused("text is generated after a prompt only, not between a prompt and a suffix", ("",)),
+    "prompt_logprobs": Refused("log-probabilities of the prompt are not supported yet", (False,)),
+    "return_token_ids": Refused("token ids are not part of the reply", (False,)),
+    "return_tokens_as_token_ids": Refused("token ids are not part of the reply", (False,)),
+    "return_hidden_states": Refused("hidden states are not part of the reply", (False,)),
+    "use_beam_search": Refused("beam search is not supported; use n and temperature", (False,)),
+    "length_penalty": Refused("beam search is not supported", (1,)),
+    "best_of_sequences": Refused("beam search is not supported"),
+    "stop_regex": Refused("stop takes strings, not patterns", ("", [])),
+    "bad_words": Refused("use logit_bias with the ids of their tokens", ([],)),
+    "allowed_token_ids": Refused("use logit_bias with the ids of their tokens"),
+    "truncate_prompt_tokens": Refused("prompts are never cut; send a shorter one"),
+    "logits_processors": Refused("custom code is not run by this server", ([],)),
+    "custom_logit_processor": Refused("custom code is not run by this server", ("",)),
+    "custom_params": Refused("custom code is not run by this server"),
+    "lora_path": Refused("adapters are not supported yet", ("",)),
+    "session_params": Refused("sessions are not supported; common prefixes are cached by themselves"),
+    "chat_template": Refused("a template per request is not supported; start the server with --chat-template"),
+    "documents": Refused("documents are not supported; put their text into a message", ([],)),
+    "prompt_embeds": Refused("only text and token ids are accepted"),
+    "thinking_token_budget": Refused("a token budget for thinking is not supported; use max_tokens"),
+    "detokenize": Refused("replies are always text", (True,)),
+    "cache_salt": _CACHE,
+    "extra_key": _CACHE,
+    "priority": Refused("priorities per request are not supported", (0,)),
+    "max_new_tokens": Refused("the field is called max_tokens on this route"),
+    "min_new_tokens": Refused("the field is called min_tokens on this route", (0,)),
+    "n_predict": Refused("the field is called max_tokens on this route"),
+    "repeat_penalty": Refused("the field is called repetition_penalty on this route", (1,)),
+    "typical_p": Refused(_SAMPLER, (1,)),
+    "top_a": Refused(_SAMPLER, (0,)),
+    "tfs_z": Refused(_SAMPLER, (1,)),
+    "mirostat": Refused(_SAMPLER, (0,)),
+    "xtc_probability": Refused(_SAMPLER, (0,)),
+    "dry_multiplier": Refused(_SAMPLER, (0,)),
+    "dynatemp_range": Refused(_SAMPLER, (0,)),
+    "logprobs_mode": Refused("log-probabilities are always of the raw distribution", ("raw_logprobs",)),
+}
+
+# Effects that exist on one route only.
+REFUSED_IN_CHAT: dict[str, Refused] = {
+    "prompt": Refused("this route takes messages; send prompts to /v1/completions"),
+    "echo": Refused("only /v1/completions has it", (False,)),
+    "best_of": Refused("only /v1/completions has it", (1,)),
+}
+REFUSED_IN_COMPLETIONS: dict[str, Refused] = {
+    "messages": Refused("this route takes a prompt; send messages to /v1/chat/completions"),
+    "max_completion_tokens": Refused("the field is called max_tokens on this route"),
+    "top_logprobs": Refused("on this route logprobs is the number of alternatives", (0,)),
+    "continue_final_message": Refused("only /v1/chat/completions has it", (False,)),
+    "add_generation_prompt": Refused("only /v1/chat/completions has it"),
+    "chat_template_kwargs": Refused("only /v1/chat/completions has it", ({},)),
+}
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+class FieldLog:
+    """Remembers which fields without effect were logged already. Bounded, since clients choose the names."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def note(self, name: str) -> None:
+        if name in self.seen or len(self.seen) >= MAX_LOGGED_FIELDS or len(name) > MAX_ID_LENGTH:
+            return
+        self.seen.add(name)
+        log.info("request field %r has no effect on this server; it is accepted and ignored", name)
+
+
+def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
+    """body -> a request with right types. Raises APIError 400 naming the field at fault."""
+    refused = REFUSED | (REFUSED_IN_CHAT if kind is ChatRequest else REFUSED_IN_COMPLETIONS)
+    for name, value in body.items():
+        if name in kind.model_fields:
+            continue
+        rule = refused.get(name)
+        if rule is None:
+            fields.note(name)
+        elif value is not None and not _is_neutral(value, rule.neutral):
+            raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        raise _as_invalid_request(error, kind) from None
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
+    return request
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Equality that keeps true apart from 1."""
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
+
+
+def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
+    """The first thing pydantic found, in words that name the field as the client wrote it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return invalid_request(f"You must provide the field {name!r}.", name, "missing_required_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    if name in ("prompt", "stop") and not first["type"].startswith("value_error"):
+        allowed = "a string or an array of strings"
+        message = allowed + (", or token ids as [int] or [[int]]" if name == "prompt" else "") + " is expected"
+        return invalid_request(f"Invalid type for {name!r}: {message}.", name, "invalid_type")
+    where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    given = first.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, int | float | str) and len(str(given)) <= 64 else ""
+    return invalid_request(f"Invalid value for {where!r}: {message}{shown}.", where, code)
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """pydantic names the branch of a union in the path, as in 'list[str]'."""
+    return isinstance(part, str) and "[" in part

@@ -1,0 +1,80 @@
+"""What every route needs: the engine's client, the tokenizer once it is loaded, and whether the server can answer yet."""
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.api.errors import APIError, not_found, unavailable
+from jaxserve.api.metrics import Metrics
+from jaxserve.api.schema import FieldLog
+from jaxserve.client import EngineClient
+from jaxserve.config import ServerConfig
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import Progress, Ready
+
+
+@dataclass
+class Serving:
+    """The front end's state. launch fills in tokenizer and progress while the server starts, and stopping when it ends."""
+
+    client: EngineClient
+    config: ServerConfig
+    metrics: Metrics
+    tokenizer: Tokenizer | None = None
+    progress: Progress | None = None  # of the stages before the engine speaks; then client.progress counts
+    failure: str | None = None  # of the start, before there was an engine
+    stopping: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    fields: FieldLog = field(default_factory=FieldLog)
+    draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.config.served_model_names
+
+    def stage(self) -> dict[str, Any] | None:
+        """None when requests can be served, else what stands in the way: {status, stage, done, total, message}."""
+        failed = self.failure or (self.client.failure.message if self.client.failure else None)
+        if failed is not None:
+            return {"status": "failed", "stage": "failed", "done": 0, "total": 0, "message": failed}
+        if self.stopping:
+            return {"status": "stopping", "stage": "stopping", "done": 0, "total": 0, "message": "shutting down"}
+        if self.client.ready is not None and self.tokenizer is not None:
+            return None
+        at = self.client.progress or self.progress or Progress("load", 0, 0, "starting")
+        return {"status": "starting", "stage": at.stage, "done": at.done, "total": at.total, "message": at.message}
+
+    def require_ready(self) -> tuple[Tokenizer, Ready]:
+        """Raises APIError 503 with {stage, done, total} until the engine has compiled everything, and after it died."""
+        stage = self.stage()
+        if stage is not None:
+            message = f"The server cannot answer now: {stage['status']} ({stage['stage']}: {stage['message']})."
+            raise unavailable(message, f"server_{stage['status']}", stage)
+        assert self.tokenizer is not None and self.client.ready is not None
+        return self.tokenizer, self.client.ready
+
+    def check_model(self, name: str) -> None:
+        """Raises APIError 404 for a name that is not served."""
+        if name in self.model_names or self.config.allow_any_model:
+            return
+        raise model_not_found(name, self.model_names)
+
+
+def model_not_found(name: str, served: tuple[str, ...]) -> APIError:
+    names = ", ".join(repr(item) for item in served)
+    message = (
+        f"The model {name[:200]!r} does not exist. This server serves {names}; "
+        "see --served-model-name and --allow-any-model."
+    )
+    return not_found(message, "model", "model_not_found")
+
+
+class _SeedSource:
+    """Seeds for requests that bring none: 64 random bits each, from one generator seeded by the operating system."""
+
+    def __init__(self) -> None:
+        self.random = random.SystemRandom()
+
+    def draw(self) -> int:
+        return self.random.getrandbits(64)

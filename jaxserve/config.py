@@ -1,0 +1,165 @@
+"""Frozen configuration values. Nothing here reads the environment; files are read by whoever hands the dict in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_PORT = 30000
+
+
+class ConfigError(ValueError):
+    """A model or flag the user gave cannot be served; the message says what, what is allowed and what to change."""
+
+
+def default_cache_dir(environ: Mapping[str, str], home: str) -> str:
+    """Where models, converted checkpoints and compiled programs are kept unless --cache-dir says otherwise."""
+    base = environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    return environ.get("JAXSERVE_CACHE_DIR") or f"{base}/jaxserve"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Rotary frequency scaling. kind "llama3" is Llama 3.1's smooth low/high split; "linear" divides positions by factor."""
+
+    kind: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A Llama-type decoder. Letters as in docs/design.md: L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    source_dtype: str = "float32"  # dtype the checkpoint was published in
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+        """config.json (and generation_config.json, whose eos ids are added) -> ModelConfig.
+
+        Raises ConfigError for an architecture or a rope type that is not served.
+        """
+        architectures = config.get("architectures") or ["LlamaForCausalLM"]
+        if architectures[0] != "LlamaForCausalLM":
+            raise ConfigError(f"architecture {architectures[0]!r} is not served; this version serves LlamaForCausalLM")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act {config['hidden_act']!r} is not served; only 'silu' is")
+        heads = int(config["num_attention_heads"])
+        rope = config.get("rope_parameters") or {}
+        eos = _ids(config.get("eos_token_id")) + _ids((generation_config or {}).get("eos_token_id"))
+        return cls(
+            num_layers=int(config["num_hidden_layers"]),
+            embed_dim=int(config["hidden_size"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            mlp_dim=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_position=int(config.get("max_position_embeddings", 2048)),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling=_rope_scaling(config.get("rope_scaling") or rope),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            source_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
+            bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
+            eos_token_ids=tuple(dict.fromkeys(eos)),
+        )
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(scaling["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    raise ConfigError(f"rope scaling {kind!r} is not served; 'default', 'linear' and 'llama3' are")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process is told. None means: chosen from the model and the device, and said in the log."""
+
+    model_path: str  # local folder: HF files, a converted checkpoint, or config.json alone with load_format "dummy"
+    cache_dir: str
+    load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
+    gguf_path: str | None = None  # weights come from this file; model_path holds its tokenizer.json and config.json
+    orbax_path: str | None = (
+        None  # weights come from this converted checkpoint, written from gguf_path first if it is absent
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    tp_size: int | None = None
+    max_model_len: int | None = None
+    max_running: int | None = None  # rows that decode together
+    max_total_tokens: int | None = None  # tokens of KV cache
+    mem_fraction: float = 0.88  # of total device memory, for weights, temporaries and KV cache; not used on CPU
+    page_size: int | None = None
+    chunked_prefill_size: int | None = None  # rounded up to a page
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    disable_radix_cache: bool = False
+    disable_overlap: bool = False
+    mixed_chunk: bool | None = None  # prefill and decode in one step; None: where it pays
+    compilation_cache_dir: str | None = None  # None: <cache_dir>/xla
+    decode_log_interval: int = 40
+    watchdog_timeout: float = 300.0  # seconds a step may take, compiles excluded; 0 = off
+    random_seed: int = 0  # of dummy weights
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the front end is told: the door, the names it answers to, and the habits of the HTTP API."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    api_key: str | None = None  # None: every bearer token is accepted
+    model_path: str = ""  # as resolved; reported by /get_model_info and /v1/models
+    served_model_names: tuple[
+        str, ...
+    ] = ()  # the first is the one that /v1/models lists first; filled in by launch if empty
+    allow_any_model: bool = False  # answer requests for unknown model names instead of 404
+    max_queued_requests: int | None = None  # requests that wait for a row before 503; None: no limit
+    max_body_size: int = 32  # MiB of one request body
+    tokenizer_path: str | None = None  # local folder; None: the model's own
+    chat_template: str | None = None  # path of a Jinja file, used instead of the model's own
+    sampling_defaults: Literal["model", "openai"] = "model"  # generation_config.json, or temperature 1 and top_p 1
+    stream_interval: int = 1  # tokens per streamed chunk, at least
+    enable_cache_report: bool = True  # usage.prompt_tokens_details.cached_tokens
+    log_level: str = "info"
+    log_level_http: str | None = None  # of the access log; None: log_level
+    log_requests: bool = False  # one line per request: sizes and parameters, never its text
+    shutdown_timeout: float = 30.0  # seconds that open requests get to finish after SIGINT or SIGTERM

@@ -1,0 +1,99 @@
+"""From an EngineConfig to a runner that is ready: sizes, weights and programs."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.engine.compile import CompileCounter, enable_persistent_cache
+from jaxserve.engine.runner import ModelRunner
+from jaxserve.engine.sizing import DeviceFacts, Sizes, resolve
+from jaxserve.engine.step import StepShape
+from jaxserve.engine.weights import load_params, read_model_config
+from jaxserve.model.sharding import Parameter, describe, make_mesh
+from kernels_pallas.attention import choose
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int, str], None]  # stage, done, total, message
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Everything the loop and the Ready message need."""
+
+    runner: ModelRunner
+    sizes: Sizes
+    model: ModelConfig
+    counter: CompileCounter
+    platform: str
+    device_kind: str
+    num_devices: int
+
+
+def build(config: EngineConfig, report: Report) -> Engine:
+    """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
+    counter = CompileCounter()
+    enable_persistent_cache(config.compilation_cache_dir or os.path.join(config.cache_dir, "xla"))
+    devices = _devices(config)
+    platform = devices[0].platform
+    model = read_model_config(config)
+    sizes = resolve(model, config, DeviceFacts(platform, len(devices), _memory(devices[0])))
+    dtype = jnp.dtype(sizes.dtype)
+    mesh = make_mesh(devices)
+    structure, description = describe(model, dtype, mesh, platform)
+    shape = StepShape(
+        config=model,
+        structure=structure,
+        attention=choose(platform),
+        page_size=sizes.scheduler.page_size,
+        max_pages=sizes.scheduler.max_pages,
+    )
+    runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        loading = pool.submit(load_params, config, description, report)
+        runner.compile(jax.tree.map(Parameter.abstract, description), _compile_progress(report))
+        params = loading.result()
+    runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
+    return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))
+
+
+def _devices(config: EngineConfig) -> list[jax.Device]:
+    """The devices to serve on: one, until meshes of several are served."""
+    try:
+        found = jax.devices() if config.device == "auto" else jax.devices(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {config.device}: {error}") from error
+    if config.tp_size not in (None, 1):
+        raise ConfigError(f"--tp-size {config.tp_size} is not served yet; this version serves on one device")
+    return found[:1]
+
+
+def _memory(device: jax.Device) -> int | None:
+    """Bytes of a device's memory, of which mem_fraction may be used; None on CPU."""
+    if device.platform == "cpu":
+        return None
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError(f"{device.device_kind} does not tell its memory; give --max-total-tokens")
+    limit = int(stats["bytes_limit"])
+    preallocated = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "1")) if device.platform == "gpu" else 1.0
+    return int(limit / preallocated)
+
+
+def _compile_progress(report: Report) -> Callable[[int, int], None]:
+    started, lock = time.monotonic(), threading.Lock()
+
+    def progress(done: int, total: int) -> None:
+        with lock:
+            left = (time.monotonic() - started) / done * (total - done)
+            report("compile", done, total, f"compiled {done}/{total}, {left:.0f} s left")
+
+    return progress

@@ -1,0 +1,246 @@
+"""Ahead-of-time compilation: every program the engine will ever call, counted, in parallel, through a persistent cache."""
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
+from jaxserve.engine.step import begin as begin_step
+from jaxserve.engine.step import finish as finish_step
+from jaxserve.model import sampling
+from jaxserve.model.sharding import Params
+from jaxserve.scheduling.plan import Bucket, packed_size
+from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+
+logger = logging.getLogger(__name__)
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_MISS_EVENT = "/jax/compilation_cache/cache_misses"
+
+
+class CompileCounter:
+    """Counts what JAX compiles in this process, and what its persistent cache did not hold. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._misses = 0
+        self._after_ready = 0
+        self._thread: int | None = None
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def start_counting_this_thread(self) -> None:
+        """From now on the calling thread, the engine's, must not compile; in a notebook other threads may."""
+        self._thread = threading.get_ident()
+
+    @property
+    def after_ready(self) -> int:
+        """Compilations in the engine's thread since start_counting_this_thread; anything but 0 is a bug."""
+        return self._after_ready
+
+    @property
+    def cache_misses(self) -> int:
+        return self._misses
+
+    def _on_duration(self, event: str, _seconds: float, **_kwargs: Any) -> None:
+        if event == _COMPILE_EVENT and threading.get_ident() == self._thread:
+            self._after_ready += 1
+
+    def _on_event(self, event: str, **_kwargs: Any) -> None:
+        if event == _MISS_EVENT:
+            with self._lock:
+                self._misses += 1
+
+
+def enable_persistent_cache(folder: str) -> None:
+    """Keep every program, however small or quick to compile."""
+    os.makedirs(folder, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What programs are compiled for. params and state are abstract arrays with shardings."""
+
+    params: Params
+    state: DeviceState
+    shape: StepShape
+    max_model_len: int
+    replicated: NamedSharding
+    layers_per_program: int | None  # None: a step is one program
+
+
+class WholeStep:
+    """A step as one compiled program."""
+
+    def __init__(self, program: Any):
+        self._program = program
+
+    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
+        return self._program(params, state, vector)
+
+
+@dataclass(frozen=True)
+class StagedStep:
+    """A step as a chain of compiled programs, one of which runs several times, on n layers each.
+
+    XLA's CPU compiler takes 0.4 s a layer on two cores and shares nothing between equal layers; a dispatch costs 0.1 ms.
+    """
+
+    begin: Any
+    layers: Any
+    pick: Any | None  # None: every token is a row's last one
+    finish: Any
+    firsts: tuple[jax.Array, ...]  # the number of the first layer of each run
+
+    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
+        hidden, shared = self.begin(params.embed, state.last_token, vector)
+        cache, size = state.cache, len(params.layers) // len(self.firsts)
+        for run, first in enumerate(self.firsts):
+            hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
+        if self.pick is not None:
+            hidden = self.pick(hidden, shared)
+        last_token, sampling, output = self.finish(
+            params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
+        )
+        return DeviceState(cache, last_token, sampling), output
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Compiled objects only: calling one with another shape is an error, never a compile."""
+
+    steps: dict[Bucket, WholeStep | StagedStep]
+    admit: Any
+    count: int
+
+
+def layers_per_program(num_layers: int, platform: str) -> int | None:
+    """CPU: the largest divisor of the layers up to 6; elsewhere a step is one program."""
+    if platform != "cpu":
+        return None
+    return max(size for size in range(1, 7) if num_layers % size == 0)
+
+
+def compile_programs(target: Target, buckets: Sequence[Bucket], progress: Callable[[int, int], None]) -> Programs:
+    """Lowering holds the GIL and runs here; compiling does not and runs in a pool."""
+    with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool, _precision(target.params):
+        builder = _Builder(target, pool)
+        builder.add("admit", lambda: _lower_admit(target))
+        # The slowest first: the pool then ends evenly.
+        for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
+            builder.add_bucket(bucket)
+        for count, future in enumerate(as_completed(builder.futures.values()), start=1):
+            future.result()
+            progress(count, len(builder.futures))
+        done = {key: future.result() for key, future in builder.futures.items()}
+    steps = {bucket: builder.assemble(bucket, done) for bucket in buckets}
+    return Programs(steps, done["admit"], len(done))
+
+
+class _Builder:
+    """Lowers each distinct program once and hands it to the pool."""
+
+    def __init__(self, target: Target, pool: ThreadPoolExecutor):
+        self.target = target
+        self.pool = pool
+        self.futures: dict[Any, Future[Any]] = {}
+
+    def add(self, key: Any, lower: Callable[[], Any]) -> None:
+        if key not in self.futures:
+            self.futures[key] = self.pool.submit(lower().compile)
+
+    def add_bucket(self, bucket: Bucket) -> None:
+        if self.target.layers_per_program is None:
+            self.add(("step", bucket), lambda: self._lower_whole(bucket))
+            return
+        t = self.target
+        vector = self._vector(bucket)
+        begin = functools.partial(begin_step, shape=t.shape, bucket=bucket)
+        hidden, shared = self._abstract(jax.eval_shape(begin, t.params.embed, t.state.last_token, vector))
+        self.add(("begin", bucket), lambda: self._lower(begin, t.params.embed, t.state.last_token, vector))
+        layers = functools.partial(run_layers, shape=t.shape)
+        some = t.params.layers[: t.layers_per_program]
+        first = jax.ShapeDtypeStruct((), jnp.int32, sharding=t.replicated)
+        self.add(
+            ("layers", bucket),
+            lambda: self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2)),
+        )
+        rows = hidden
+        if bucket.num_prefill:
+            self.add(("pick", bucket), lambda: self._lower(pick, hidden, shared))
+            rows = self._abstract(jax.eval_shape(pick, hidden, shared))
+        finish = functools.partial(finish_step, shape=t.shape)
+        arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
+        self.add(("finish", bucket.num_rows), lambda: self._lower(finish, *arguments, donate=(3, 4)))
+
+    def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
+        size = self.target.layers_per_program
+        if size is None:
+            return WholeStep(done["step", bucket])
+        firsts = range(0, len(self.target.params.layers), size)
+        return StagedStep(
+            begin=done["begin", bucket],
+            layers=done["layers", bucket],
+            pick=done.get(("pick", bucket)),
+            finish=done["finish", bucket.num_rows],
+            firsts=tuple(jax.device_put(np.int32(first), self.target.replicated) for first in firsts),
+        )
+
+    def _vector(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        size = packed_size(bucket, self.target.shape.max_pages)
+        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.target.replicated)
+
+    def _lower_whole(self, bucket: Bucket) -> Any:
+        t = self.target
+        function = functools.partial(step, shape=t.shape, bucket=bucket)
+        outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
+        return jax.jit(function, donate_argnums=1, out_shardings=outputs).lower(t.params, t.state, self._vector(bucket))
+
+    def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        """Everything between the stages is replicated, but for the cache."""
+        outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(jax.eval_shape(function, *arguments)))
+        return jax.jit(function, donate_argnums=donate, out_shardings=outputs).lower(*arguments)
+
+    def _abstract(self, tree: Any) -> Any:
+        cache = self.target.state.cache.pages
+
+        def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding = cache.sharding if leaf.shape == cache.shape else self.target.replicated
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(place, tree)
+
+
+def _precision(params: Params) -> Any:
+    """float32 means float32: accelerators would otherwise multiply in bfloat16 or tf32."""
+    return jax.default_matmul_precision("highest" if params.embed[0].dtype == jnp.float32 else "default")
+
+
+def _lower_admit(target: Target) -> Any:
+    def array(length: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(() if length is None else (length,), dtype, sharding=target.replicated)
+
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, target.state.sampling)
+    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=outputs).lower(
+        target.state.sampling,
+        array(None, jnp.int32),
+        array(target.max_model_len, jnp.int32),
+        array(None, jnp.int32),
+        array(None, jnp.int32),
+        array(MAX_LOGIT_BIAS, jnp.int32),
+        array(MAX_LOGIT_BIAS, jnp.float32),
+        array(MAX_STOP_TOKENS, jnp.int32),
+    )

@@ -1,0 +1,155 @@
+"""The engine process: from a config to ready, then the loop. JAX is imported inside functions only, after the
+environment says which devices and how much memory it may take."""
+
+import ctypes
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
+
+if TYPE_CHECKING:
+    from jaxserve.engine.loop import EngineLoop
+
+logger = logging.getLogger("jaxserve.engine")
+
+_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+
+
+def main(connection: Connection, config: EngineConfig) -> None:
+    """Entry of the spawned child. Never outlives its parent, and leaves signals to it: only the pipe says stop."""
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _configure_logging(config.log_level)
+    if config.device != "auto":
+        os.environ["JAX_PLATFORMS"] = _PLATFORMS[config.device]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction))
+    code = run(connection, config, on_disconnect=lambda: os._exit(0))
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # threads of XLA and of the reader need no goodbye
+
+
+def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[], None] | None = None) -> int:
+    """Serve the other end of connection until it says Stop or goes away; the exit code. Used as it is by llm.LLM.
+
+    on_disconnect runs in the reader's thread as soon as the other end is gone, also while the main thread compiles.
+    """
+    from checkpoints.files import CheckpointError
+
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
+    send = _sender(connection)
+    try:
+        loop = _start(config, inbox, send)
+        loop.run()
+        return 0
+    except (ConfigError, CheckpointError, OSError) as error:
+        logger.debug("the engine could not start", exc_info=True)
+        send(EngineFailed(str(error), exit_code=2))
+        return 2
+    except Exception as error:
+        logger.exception("the engine failed")
+        send(EngineFailed(f"{type(error).__name__}: {error}", exit_code=1))
+        return 1
+
+
+def _start(
+    config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
+) -> "EngineLoop":
+    """Sizes, then weights and programs side by side, then one run of each program."""
+    from jaxserve.engine.build import build
+    from jaxserve.engine.loop import EngineLoop, start_watchdog
+    from jaxserve.scheduling.scheduler import Scheduler
+
+    started = time.monotonic()
+    engine = build(config, lambda stage, done, total, message: send(Progress(stage, done, total, message)))
+    for note in engine.sizes.notes:
+        logger.warning("%s", note)
+    scheduler = Scheduler(engine.sizes.scheduler)
+    engine.counter.start_counting_this_thread()
+    loop = EngineLoop(
+        scheduler,
+        engine.runner,
+        inbox,
+        send,
+        compilations=lambda: engine.counter.after_ready,
+        overlap=not config.disable_overlap,
+        decode_log_interval=config.decode_log_interval,
+    )
+    if config.watchdog_timeout > 0:
+        start_watchdog(loop, config.watchdog_timeout)
+    gc.collect()
+    gc.freeze()  # what start-up made stays; collections in the loop need not walk it
+    sizes = engine.sizes.scheduler
+    send(
+        Ready(
+            max_model_len=sizes.max_model_len,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages - 1,
+            max_running=sizes.max_running,
+            vocab_size=engine.model.vocab_size,
+            platform=engine.platform,
+            device_kind=engine.device_kind,
+            num_devices=engine.num_devices,
+            dtype=engine.sizes.dtype,
+            num_programs=engine.runner.num_programs,
+            cache_misses=engine.counter.cache_misses,
+            seconds=time.monotonic() - started,
+        )
+    )
+    return loop
+
+
+def _read(
+    connection: Connection, inbox: "queue.SimpleQueue[ToEngine]", on_disconnect: Callable[[], None] | None
+) -> None:
+    try:
+        while True:
+            message = connection.recv()
+            inbox.put(message)
+    except (EOFError, OSError):
+        if on_disconnect is not None:
+            on_disconnect()
+        inbox.put(Stop())
+
+
+def _sender(connection: Connection) -> Callable[[FromEngine], None]:
+    """Loading and compiling report from several threads; a message must not be torn."""
+    lock = threading.Lock()
+
+    def send(message: FromEngine) -> None:
+        with lock:
+            try:
+                connection.send(message)
+            except OSError:
+                logger.debug("the front end is gone")  # the reader's thread ends us
+
+    return send
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed when the parent dies, even if it is killed itself. Elsewhere the end of the pipe does it."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(0)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="[%(asctime)s TP0] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True
+    )
+    for name in ("jaxserve", "checkpoints"):
+        logging.getLogger(name).setLevel(level.upper())

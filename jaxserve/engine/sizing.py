@@ -1,0 +1,145 @@
+"""From model, device and flags to the numbers everything is compiled for. Plain arithmetic; no device is touched."""
+
+from dataclasses import dataclass
+
+from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.scheduling.buckets import SchedulerConfig
+from kernels_pallas.attention import default_page_size
+from kernels_pallas.cache import bytes_per_token
+
+GIB = 2**30
+CPU_POOL_BYTES = 1 * GIB  # fixed, never a share of RAM: a server must not grow because the machine is large
+CPU_MAX_POOL_BYTES = 4 * GIB  # grown to hold one full context, up to here; then the context is cut instead
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_POOL_GRAIN = 64  # pages; P is a static shape, and a pool one page off would miss every cached program
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the engine is built with. notes: choices a person should know of, for the log."""
+
+    dtype: str
+    scheduler: SchedulerConfig
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU)."""
+
+    platform: str
+    num_devices: int
+    memory: int | None
+
+
+def choose_dtype(config: EngineConfig, platform: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def weight_bytes(model: ModelConfig, dtype: str) -> int:
+    """Bytes of all parameters, an untied head counted once more where the embedding is tied."""
+    attention = model.embed_dim * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    layer = attention + 3 * model.embed_dim * model.mlp_dim + 2 * model.embed_dim
+    return ITEMSIZE[dtype] * (model.num_layers * layer + 2 * model.vocab_size * model.embed_dim + model.embed_dim)
+
+
+def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Sizes:
+    """Raises ConfigError naming the flag when what was asked for does not fit."""
+    notes: list[str] = []
+    dtype = choose_dtype(config, device.platform)
+    page_size = config.page_size or default_page_size(device.platform)
+    max_running = config.max_running or (16 if device.platform == "cpu" else 256)
+    token_bytes = bytes_per_token(model.num_layers, model.num_kv_heads, model.head_dim, ITEMSIZE[dtype])
+    wanted = config.max_model_len or model.max_position
+    if config.max_model_len and config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the model's {model.max_position} positions"
+        )
+    num_pages = _num_pages(model, config, device, dtype, page_size, token_bytes, wanted)
+    capacity = (num_pages - 1) * page_size
+    if wanted > capacity:
+        if config.max_model_len:
+            raise ConfigError(
+                f"--max-model-len {wanted} does not fit the KV cache of {capacity} tokens; "
+                "lower it, or raise --max-total-tokens or --mem-fraction-static"
+            )
+        notes.append(
+            f"context cut from {wanted} to {capacity} tokens, what the KV cache holds "
+            "(--max-total-tokens makes it larger, --max-model-len smaller)"
+        )
+        wanted = capacity
+    scheduler = SchedulerConfig(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_model_len=wanted,
+        max_running=max_running,
+        decode_buckets=_decode_ladder(max_running, device.platform),
+        prefill_buckets=_prefill_ladder(config, device.platform, page_size, wanted, notes),
+        mixed=(device.platform != "cpu") if config.mixed_chunk is None else config.mixed_chunk,
+        policy=config.schedule_policy,
+        radix_cache=not config.disable_radix_cache,
+    )
+    return Sizes(dtype, scheduler, tuple(notes))
+
+
+def _num_pages(
+    model: ModelConfig,
+    config: EngineConfig,
+    device: DeviceFacts,
+    dtype: str,
+    page_size: int,
+    token_bytes: int,
+    context: int,
+) -> int:
+    """Pages of the pool, scratch page 0 included."""
+    if config.max_total_tokens is not None:
+        return -(-config.max_total_tokens // page_size) + 1
+    page_bytes = page_size * token_bytes
+    if device.memory is None:
+        budget = min(max(CPU_POOL_BYTES, (context + 2 * page_size) * token_bytes), CPU_MAX_POOL_BYTES)
+    else:
+        # Temporaries: logits of every row in float32 a few times over, and activations of a chunk.
+        temporaries = 1 * GIB + 16 * model.vocab_size * 256
+        weights = weight_bytes(model, dtype) / device.num_devices
+        budget = int(device.memory * config.mem_fraction - weights - temporaries)
+        page_bytes = -(-page_bytes // device.num_devices)
+        if budget < page_bytes * 2:
+            raise ConfigError(
+                f"the weights need {weights / GIB:.1f} GiB and temporaries {temporaries / GIB:.1f} GiB of "
+                f"{device.memory / GIB:.1f} GiB at --mem-fraction-static {config.mem_fraction}: nothing is left for "
+                "the KV cache; use a smaller model or more devices"
+            )
+    pages = budget // page_bytes
+    return pages - pages % _POOL_GRAIN if pages > 4 * _POOL_GRAIN else pages
+
+
+def _decode_ladder(max_running: int, platform: str) -> tuple[int, ...]:
+    """Powers of two (of four above 16 on accelerators, where a wider step costs little) up to max_running."""
+    smallest = 2 if platform == "cpu" else 8  # a product with one row is slow in bfloat16 on the CPU
+    sizes = []
+    size = smallest
+    while size < max_running:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, max_running)
+
+
+def _prefill_ladder(
+    config: EngineConfig, platform: str, page_size: int, context: int, notes: list[str]
+) -> tuple[tuple[int, int], ...]:
+    """(T, R): powers of four from one page up to the chunk size, R rows in each (a step's last program is compiled per
+    number of rows: R takes the decode ladder's sizes)."""
+    asked = config.chunked_prefill_size or (256 if platform == "cpu" else 2048)
+    chunk = -(-asked // page_size) * page_size
+    if config.chunked_prefill_size and chunk != asked:
+        notes.append(f"--chunked-prefill-size {asked} rounded up to {chunk}, whole pages of {page_size}")
+    chunk = min(chunk, -(-context // page_size) * page_size)
+    sizes = []
+    size = page_size
+    while size < chunk:
+        sizes.append(size)
+        size *= 4
+    fewest, most = (2, 8) if platform == "cpu" else (8, 16)
+    return tuple((tokens, min(max(tokens // page_size, fewest), most)) for tokens in (*sizes, chunk))

@@ -1,0 +1,213 @@
+"""The compiled functions: step() and admit(). Pure; the state is donated in and returned out.
+
+Letters: S decode rows, T prefill tokens, R chunks, V vocab (scheduling.plan names the arrays).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.config import ModelConfig
+from jaxserve.model import sampling
+from jaxserve.model.llama import Block, rope_table
+from jaxserve.model.sharding import Params, Structure, merge
+from jaxserve.scheduling import plan as plans
+from jaxserve.scheduling.plan import Bucket, PlanArrays
+from jaxserve.types import MAX_TOP_LOGPROBS
+from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks
+from kernels_pallas.cache import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceState:
+    """Everything that lives on the device from step to step; donated in, returned out."""
+
+    cache: KVCache
+    last_token: jax.Array  # [slots + 1] the token each slot sampled last; the last slot is scratch
+    sampling: sampling.SamplingState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """N tokens a row; N = 1 today, and nothing above or below assumes it."""
+
+    token_ids: jax.Array  # [S + R, N]
+    num_tokens: jax.Array  # [S + R]
+    logprobs: jax.Array  # [S + R, N]
+    top_ids: jax.Array  # [S + R, N, 20]
+    top_logprobs: jax.Array  # [S + R, N, 20]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step is compiled for, besides the arrays' shapes."""
+
+    config: ModelConfig
+    structure: Structure
+    attention: Attention
+    page_size: int
+    max_pages: int  # M
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of a step share, and what comes after them."""
+
+    rope: tuple[jax.Array, jax.Array]
+    work: Any  # of the attention backend
+    picked: jax.Array  # [S + R] index among the S + T tokens of each row's last one
+    rows: sampling.SamplingRows
+
+
+def step(
+    params: Params, state: DeviceState, vector: jax.Array, *, shape: StepShape, bucket: Bucket
+) -> tuple[DeviceState, StepOutput]:
+    """params, state, vector [packed plan] int32 -> the next state and the tokens sampled."""
+    hidden, shared = begin(params.embed, state.last_token, vector, shape=shape, bucket=bucket)
+    hidden, cache = run_layers(params.layers, hidden, state.cache, jnp.int32(0), shared, shape=shape)
+    last_token, sampling_state, output = finish(
+        params.embed, params.head, pick(hidden, shared), state.last_token, state.sampling, shared.rows, shape=shape
+    )
+    return DeviceState(cache, last_token, sampling_state), output
+
+
+def begin(
+    embed: Sequence[jax.Array], last_token: jax.Array, vector: jax.Array, *, shape: StepShape, bucket: Bucket
+) -> tuple[jax.Array, Shared]:
+    """The packed plan -> hidden [S + T, E] and what the rest of the step shares."""
+    arrays = plans.unpack(vector, bucket, shape.max_pages)
+    num_decode = bucket.num_decode
+    last = last_token[arrays.slots[:num_decode]]
+    decode_ids = jnp.where(arrays.token_ids[:num_decode] == plans.TAKE_LAST, last, arrays.token_ids[:num_decode])
+    token_ids = jnp.concatenate([decode_ids, arrays.token_ids[num_decode:]])
+    hidden = merge(shape.structure.embed, embed)(token_ids)
+    shared = Shared(
+        rope=rope_table(shape.config, arrays.positions),
+        work=_attention_work(arrays, shape, bucket),
+        picked=_picked(arrays, bucket),
+        rows=_sampling_rows(arrays),
+    )
+    return hidden, shared
+
+
+def run_layers(
+    layers: Sequence[Sequence[jax.Array]],
+    hidden: jax.Array,
+    cache: KVCache,
+    first: jax.Array,
+    shared: Shared,
+    *,
+    shape: StepShape,
+) -> tuple[jax.Array, KVCache]:
+    """hidden [S + T, E] through layers first, first + 1, …; traced once and called for each."""
+    run = jax.jit(functools.partial(_layer, shape=shape))
+    for index, leaves in enumerate(layers):
+        hidden, cache = run(list(leaves), hidden, cache, first + index, shared)
+    return hidden, cache
+
+
+def pick(hidden: jax.Array, shared: Shared) -> jax.Array:
+    """hidden [S + T, E] -> [S + R, E], each row's last token."""
+    return hidden[shared.picked]
+
+
+def finish(
+    embed: Sequence[jax.Array],
+    head: Sequence[jax.Array],
+    hidden: jax.Array,
+    last_token: jax.Array,
+    state: sampling.SamplingState,
+    rows: sampling.SamplingRows,
+    *,
+    shape: StepShape,
+) -> tuple[jax.Array, sampling.SamplingState, StepOutput]:
+    """hidden [S + R, E] -> logits, sampled; last_token and the sampling state take in what was drawn."""
+    logits = merge(shape.structure.head, head)(hidden, merge(shape.structure.embed, embed))
+    state, sampled = sampling.sample(logits, rows, state, num_top=MAX_TOP_LOGPROBS)
+    output = StepOutput(
+        token_ids=sampled.token_ids[:, None],
+        num_tokens=rows.emit.astype(jnp.int32),
+        logprobs=sampled.logprobs[:, None],
+        top_ids=sampled.top_ids[:, None],
+        top_logprobs=sampled.top_logprobs[:, None],
+    )
+    return last_token.at[rows.slots].set(sampled.token_ids), state, output
+
+
+def _layer(
+    leaves: Sequence[jax.Array],
+    hidden: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    shared: Shared,
+    *,
+    shape: StepShape,
+) -> tuple[jax.Array, KVCache]:
+    block: Block = merge(shape.structure.layer, leaves)
+    return block(hidden, cache, layer, shared.rope, functools.partial(shape.attention.attend, work=shared.work))
+
+
+def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> Any:
+    """What the layers share: the backend's plan for the decode rows and the chunks."""
+    num_decode = bucket.num_decode
+    rows = chunks = None
+    if num_decode:
+        rows = DecodeRows(arrays.page_table[:num_decode], arrays.kv_lens[:num_decode])
+    if bucket.num_prefill:
+        chunks = PrefillChunks(
+            arrays.page_table[num_decode:],
+            arrays.kv_lens[num_decode:],
+            arrays.chunk_starts,
+            arrays.positions[num_decode:],
+        )
+    return shape.attention.plan(rows, chunks, shape.page_size)
+
+
+def _picked(arrays: PlanArrays, bucket: Bucket) -> jax.Array:
+    """[S + R] index among the S + T tokens of each row's last real token."""
+    num_decode = bucket.num_decode
+    decode = jnp.arange(num_decode)
+    if not bucket.num_prefill:
+        return decode
+    starts = jnp.minimum(arrays.chunk_starts[:-1], bucket.num_prefill - 1)
+    first = arrays.positions[num_decode:][starts]
+    last = starts + jnp.maximum(arrays.kv_lens[num_decode:] - first, 1) - 1
+    return jnp.concatenate([decode, num_decode + jnp.minimum(last, bucket.num_prefill - 1)])
+
+
+def _sampling_rows(arrays: PlanArrays) -> sampling.SamplingRows:
+    def flag(bit: int) -> jax.Array:
+        return arrays.flags & bit != 0
+
+    def real(words: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(words, jnp.float32)
+
+    return sampling.SamplingRows(
+        slots=arrays.slots,
+        positions=arrays.kv_lens,
+        emit=flag(plans.EMIT),
+        sample=flag(plans.SAMPLE),
+        truncate=flag(plans.TRUNCATE),
+        penalties=flag(plans.PENALTIES),
+        bias=flag(plans.BIAS),
+        suppress_stop=flag(plans.SUPPRESS_STOP),
+        logprobs=flag(plans.LOGPROBS),
+        temperature=real(arrays.temperature),
+        top_p=real(arrays.top_p),
+        min_p=real(arrays.min_p),
+        presence_penalty=real(arrays.presence_penalty),
+        frequency_penalty=real(arrays.frequency_penalty),
+        repetition_penalty=real(arrays.repetition_penalty),
+        top_k=arrays.top_k,
+        seed_low=arrays.seed_low,
+        seed_high=arrays.seed_high,
+        choice=arrays.choice,
+    )

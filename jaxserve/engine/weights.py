@@ -1,0 +1,70 @@
+"""Which files hold the weights, and how they become the model's flat leaves."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from checkpoints.convert import OrbaxSource, convert, open_source
+from checkpoints.files import SafetensorsSource, TensorSource
+from checkpoints.gguf import GGUFSource
+from checkpoints.load import DummySource, Target, load
+from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.model.sharding import Parameter, Params
+
+Report = Callable[[str, int, int, str], None]  # stage, done, total, message
+
+
+def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """config.json and generation_config.json of the model folder. Raises ConfigError."""
+    path = os.path.join(config.model_path, "config.json")
+    if not os.path.isfile(path):
+        raise ConfigError(f"{config.model_path} holds no config.json; --model takes a folder in Hugging Face's format")
+    generation = os.path.join(config.model_path, "generation_config.json")
+    try:
+        return ModelConfig.from_hf(
+            {**_read_json(path), **(overrides or {})}, _read_json(generation) if os.path.isfile(generation) else None
+        )
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks {error}") from error
+
+
+def load_params(config: EngineConfig, description: Params, report: Report) -> Params:
+    """Params of Parameter descriptions -> Params of arrays on their devices. Converts the default model once."""
+    parameters = jax.tree.leaves(description)
+    source = _open(config, parameters, report)
+    targets = {p.path: Target((p.source,), p.shape, p.dtype, p.sharding, p.transpose) for p in parameters}
+    arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
+    return jax.tree.map(lambda p: arrays[p.path], description)
+
+
+def _open(config: EngineConfig, parameters: list[Parameter], report: Report) -> TensorSource:
+    if config.load_format == "dummy":
+        shapes = {p.source: p.shape[::-1] if p.transpose else p.shape for p in parameters}
+        return DummySource(shapes, config.random_seed)
+    if config.orbax_path and config.gguf_path and config.load_format in ("auto", "orbax"):
+        if not os.path.isdir(config.orbax_path):
+            convert(
+                GGUFSource(config.gguf_path),
+                config.orbax_path,
+                extra_files=config.model_path,
+                progress=lambda done, total, message: report("convert", done, total, message),
+            )
+        return OrbaxSource(config.orbax_path)
+    if config.gguf_path:
+        return GGUFSource(config.gguf_path)
+    if config.load_format == "safetensors":
+        return SafetensorsSource(config.model_path)
+    if config.load_format == "orbax":
+        return OrbaxSource(config.model_path)
+    return open_source(config.model_path)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error

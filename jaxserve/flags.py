@@ -1,0 +1,422 @@
+"""The command line: one table of flags, each naming the configuration field it fills. Imports nothing heavy.
+
+Names are SGLang's and vLLM's for the same thing; --a_b is read as --a-b everywhere. A file given by --config holds the
+same names as YAML keys; the command line wins over the file, the file over the defaults.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
+from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
+from jaxserve.version import __version__
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+class FlagError(ValueError):
+    """A command line or config file that cannot be served; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A parsed command line. engine holds the EngineConfig fields that were decided, but for the paths launch adds."""
+
+    model: str
+    revision: str | None
+    cache_dir: str | None
+    engine: Mapping[str, Any]
+    server: ServerConfig
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """names: the first is the one that --help leads with. target: "launch", "engine" or "server", a dot, a field."""
+
+    names: tuple[str, ...]
+    target: str
+    help: str
+    parse: Callable[[str], Any] = str  # bool: a switch
+    choices: tuple[str, ...] | None = None
+    several: bool = False
+    inverted: bool = False  # a switch that sets its target to False
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is too small; at least {low} is needed")
+        return value
+
+    number.__name__ = "integer"
+    return number
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not a port; ports are 0 (any free one) to 65535")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share of memory; it must be above 0 and at most 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds; 0 or more is needed")
+    return value
+
+
+_positive = _at_least(1)
+_port.__name__, _share.__name__, _seconds.__name__ = "port number", "number", "number"  # argparse prints these names
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(
+        ("--model", "--model-path"),
+        "launch.model",
+        "Hugging Face folder or hub name, .gguf file or converted checkpoint",
+    ),
+    Flag(("--revision",), "launch.revision", "branch, tag or commit of a hub model"),
+    Flag(
+        ("--cache-dir", "--download-dir"),
+        "launch.cache_dir",
+        "where models, checkpoints and compiled programs are kept",
+    ),
+    Flag(
+        ("--load-format",),
+        "engine.load_format",
+        "what the weights are; dummy: random ones, a config.json is enough",
+        choices=("auto", "safetensors", "gguf", "orbax", "dummy"),
+    ),
+    Flag(
+        ("--tokenizer-path", "--tokenizer"),
+        "server.tokenizer_path",
+        "local folder with tokenizer.json, if not the model's",
+    ),
+    Flag(("--chat-template",), "server.chat_template", "Jinja file to use instead of the model's own template"),
+    Flag(
+        ("--served-model-name",),
+        "server.served_model_names",
+        "names that clients may use (default: the model's)",
+        several=True,
+    ),
+    Flag(("--allow-any-model",), "server.allow_any_model", "answer requests for other model names too, not 404", bool),
+    Flag(("--host",), "server.host", "address to listen on; 0.0.0.0 for every interface"),
+    Flag(("--port",), "server.port", "port to listen on; 0 for any free one", _port),
+    Flag(("--api-key",), "server.api_key", "key that clients must send as bearer token"),
+    Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
+    Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
+    Flag(
+        ("--max-model-len", "--context-length"),
+        "engine.max_model_len",
+        "tokens of prompt and reply together (default: the model's, as far as memory allows)",
+        _positive,
+    ),
+    Flag(
+        ("--max-running-requests", "--max-num-seqs"),
+        "engine.max_running",
+        "sequences that are decoded together (default: by device)",
+        _positive,
+    ),
+    Flag(
+        ("--max-total-tokens",),
+        "engine.max_total_tokens",
+        "tokens that the KV cache holds (default: by memory)",
+        _positive,
+    ),
+    Flag(
+        ("--mem-fraction-static", "--gpu-memory-utilization"),
+        "engine.mem_fraction",
+        "share of device memory for weights, temporaries and KV cache; not used on CPU",
+        _share,
+    ),
+    Flag(
+        ("--page-size", "--block-size"),
+        "engine.page_size",
+        "tokens in a page of the KV cache (default: by device)",
+        _positive,
+    ),
+    Flag(
+        ("--chunked-prefill-size", "--max-num-batched-tokens"),
+        "engine.chunked_prefill_size",
+        "prompt tokens computed in one step; rounded up to a page (default: by device)",
+        _positive,
+    ),
+    Flag(
+        ("--schedule-policy",),
+        "engine.schedule_policy",
+        "order of the queue: longest cached prefix first, or first come first served",
+        choices=("lpm", "fcfs"),
+    ),
+    Flag(("--disable-radix-cache",), "engine.disable_radix_cache", "keep no prefixes for later requests", bool),
+    Flag(
+        ("--enable-prefix-caching",),
+        "engine.disable_radix_cache",
+        "keep prefixes for later requests (the default)",
+        bool,
+        inverted=True,
+    ),
+    Flag(
+        ("--disable-overlap-schedule",), "engine.disable_overlap", "plan a step only after the last one was read", bool
+    ),
+    Flag(
+        ("--async-scheduling",),
+        "engine.disable_overlap",
+        "plan a step while the last one runs (the default)",
+        bool,
+        inverted=True,
+    ),
+    Flag(
+        ("--enable-mixed-chunk",), "engine.mixed_chunk", "prefill and decode in one step (default: where it pays)", bool
+    ),
+    Flag(
+        ("--compilation-cache-dir",), "engine.compilation_cache_dir", "of compiled programs (default: in --cache-dir)"
+    ),
+    Flag(
+        ("--watchdog-timeout",),
+        "engine.watchdog_timeout",
+        "seconds a step may take before the server ends; 0: any",
+        _seconds,
+    ),
+    Flag(("--decode-log-interval",), "engine.decode_log_interval", "decode steps between two log lines", _positive),
+    Flag(("--random-seed", "--seed"), "engine.random_seed", "of dummy weights", int),
+    Flag(
+        ("--sampling-defaults",),
+        "server.sampling_defaults",
+        "for parameters a request leaves out: generation_config.json, or OpenAI's",
+        choices=("model", "openai"),
+    ),
+    Flag(("--stream-interval",), "server.stream_interval", "tokens per streamed chunk, at least", _positive),
+    Flag(("--enable-cache-report",), "server.enable_cache_report", "cached_tokens in usage (on by default)", bool),
+    Flag(
+        ("--max-queued-requests",),
+        "server.max_queued_requests",
+        "requests that may wait before others get 503 (default: no limit)",
+        _at_least(0),
+    ),
+    Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", _positive),
+    Flag(
+        ("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", _seconds
+    ),
+    Flag(("--log-level",), "server.log_level", "of the server and the engine", choices=LOG_LEVELS),
+    Flag(
+        ("--log-level-http",), "server.log_level_http", "of the access log (default: --log-level)", choices=LOG_LEVELS
+    ),
+    Flag(
+        ("--log-requests", "--enable-log-requests"),
+        "server.log_requests",
+        "one line per request, without its text",
+        bool,
+    ),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises FlagError instead of printing the whole usage before every error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(message)
+
+
+def _dashed(argument: str) -> str:
+    """--a_b=c_d -> --a-b=c_d."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _default(flag: Flag) -> Any:
+    holder, name = flag.target.split(".")
+    if holder == "launch":
+        return {"model": DEFAULT_MODEL}.get(name)
+    return next(
+        item.default for item in fields(ServerConfig if holder == "server" else EngineConfig) if item.name == name
+    )
+
+
+def _help(flag: Flag) -> str:
+    default = _default(flag)
+    shown = "" if flag.parse is bool or default in (None, ()) else f" (default: {default})"
+    return (flag.help + shown).replace("%", "%%")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `jaxserve`. Every value it holds was asked for: nothing has a default here."""
+    parser = _Parser(
+        prog="jaxserve",
+        description="Serves a Llama-type model to OpenAI clients. No flag is needed; --a_b is read as --a-b.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxserve {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; the command line wins over it")
+    for flag in FLAGS:
+        if flag.parse is bool:
+            name = flag.names[0]
+            opposite = () if name.startswith("--disable") else ("--no" + name[1:],)
+            parser.add_argument(*flag.names, dest=name, action="store_true", help=_help(flag))
+            if opposite:
+                parser.add_argument(*opposite, dest=name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            kind: Any = flag.parse
+            parser.add_argument(
+                *flag.names,
+                dest=flag.names[0],
+                type=kind,
+                choices=flag.choices,
+                nargs="+" if flag.several else None,
+                metavar=None if flag.choices else flag.target.split(".")[1].upper(),
+                help=_help(flag),
+            )
+    for name, (takes_value, _) in NO_EFFECT.items():
+        _add_hidden(parser, name, takes_value)
+    for name in NOT_YET:
+        _add_hidden(parser, name, True)
+    for name in NOT_YET_SWITCHES:
+        _add_hidden(parser, name, False)
+    return parser
+
+
+def _add_hidden(parser: argparse.ArgumentParser, name: str, takes_value: bool) -> None:
+    if takes_value:
+        parser.add_argument(name, dest=name, nargs="+", help=argparse.SUPPRESS)
+    else:
+        parser.add_argument(name, dest=name, action="store_true", help=argparse.SUPPRESS)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """argv (without the program's name) -> Options. Raises FlagError; --help and --version print and exit."""
+    parser = build_parser()
+    given = _parse_known(parser, [_dashed(argument) for argument in argv])
+    path = given.pop("config", None)
+    targets = _targets(given)
+    if path is not None:
+        from_file = _parse_known(parser, _file_arguments(path, parser))
+        targets = _targets(from_file) | targets
+        given = from_file | given
+    warnings = _check_others(given)
+    values: dict[str, dict[str, Any]] = {"launch": {}, "engine": {}, "server": {}}
+    for target, value in targets.items():
+        holder, name = target.split(".")
+        values[holder][name] = value
+    if "log_level" in values["server"]:
+        values["engine"]["log_level"] = values["server"]["log_level"]
+    launch = values["launch"]
+    return Options(
+        model=launch.get("model", DEFAULT_MODEL),
+        revision=launch.get("revision"),
+        cache_dir=launch.get("cache_dir"),
+        engine=values["engine"],
+        server=ServerConfig(**values["server"]),
+        warnings=warnings,
+    )
+
+
+def _targets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration fields by target. Raises FlagError where two flags of one source contradict each other."""
+    targets: dict[str, Any] = {}
+    for flag in FLAGS:
+        if flag.names[0] not in given:
+            continue
+        value = given[flag.names[0]]
+        value = not value if flag.inverted else tuple(value) if flag.several else value
+        if targets.setdefault(flag.target, value) != value:
+            names = " and ".join(other.names[0] for other in FLAGS if other.target == flag.target)
+            raise FlagError(f"{names} contradict each other; give one of them")
+    return targets
+
+
+def _parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    known, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise FlagError(_unknown(unknown[0], parser))
+    return vars(known)
+
+
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}; the model is named by --model {argument}"
+    name = argument.split("=")[0]
+    close = difflib.get_close_matches(name, _shown_names(parser), n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the ones that exist"
+    return f"unknown flag {name}; {hint}"
+
+
+def _shown_names(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
+
+
+def _file_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML mapping -> the command line it stands for. Raises FlagError naming the file."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise FlagError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FlagError(f"--config {path} is not valid YAML: {error}") from None
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise FlagError(f"--config {path} must be a mapping of flags to values, as in 'port: 30000'")
+    arguments: list[str] = []
+    names = {name for action in parser._actions for name in action.option_strings}
+    for key, value in content.items():
+        name = "--" + str(key).lstrip("-").replace("_", "-")
+        if name == "--config" or name not in names:
+            raise FlagError(f"--config {path}: {_unknown(name, parser)}")
+        arguments += _file_argument(name, value, names)
+    return arguments
+
+
+def _file_argument(name: str, value: Any, names: set[str]) -> list[str]:
+    if value is None:
+        return []
+    if value is True:
+        return [name]
+    if value is False:
+        opposite = "--no" + name[1:]
+        return [opposite] if opposite in names else []  # a --disable-… switch that is off
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    return [f"{name}={value}"]
+
+
+def _check_others(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Warnings for names without effect. Raises FlagError for those that would have one."""
+    if "--trust-remote-code" in given:
+        raise FlagError(REMOTE_CODE)
+    for name, (allowed, why) in NOT_YET.items():
+        if name in given and tuple(given[name]) not in [(value,) for value in allowed]:
+            accepted = f"; only {', '.join(allowed)} is accepted" if allowed else ""
+            raise FlagError(
+                f"{name} {' '.join(given[name])} is not supported yet: {why}{accepted}. Leave the flag out."
+            )
+    for name, why in NOT_YET_SWITCHES.items():
+        if name in given:
+            raise FlagError(f"{name} is not supported yet: {why}. Leave the flag out.")
+    return tuple(f"{name} has no effect: {why}" for name, (_, why) in NO_EFFECT.items() if name in given)
+
+
+def parse_or_exit(argv: Sequence[str]) -> Options:
+    """parse() for a program: a FlagError is printed and the process exits with 2."""
+    try:
+        return parse(argv)
+    except FlagError as error:
+        print(f"jaxserve: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,84 @@
+"""Flags of SGLang and vLLM that this server takes, warns of or refuses, but does not act on."""
+
+# Names without an effect here: accepted with one warning. True: the flag takes a value.
+_CUDA = "it is about CUDA or PyTorch; XLA decides"
+NO_EFFECT: dict[str, tuple[bool, str]] = {
+    "--base-gpu-id": (True, _CUDA),
+    "--attention-backend": (True, "the kernel is chosen from the device"),
+    "--sampling-backend": (True, _CUDA),
+    "--grammar-backend": (True, "there is one backend"),
+    "--disable-cuda-graph": (False, _CUDA),
+    "--disable-cuda-graph-padding": (False, _CUDA),
+    "--cuda-graph-max-bs": (True, _CUDA),
+    "--cuda-graph-bs": (True, _CUDA),
+    "--disable-custom-all-reduce": (False, _CUDA),
+    "--enable-p2p-check": (False, _CUDA),
+    "--enable-torch-compile": (False, "every step is compiled by XLA"),
+    "--torch-compile-max-bs": (True, _CUDA),
+    "--torchao-config": (True, _CUDA),
+    "--triton-attention-reduce-in-fp32": (False, _CUDA),
+    "--enforce-eager": (False, "every step is compiled by XLA"),
+    "--compilation-config": (True, _CUDA),
+    "--swap-space": (True, "a preempted sequence is computed again, mostly from the prefix cache"),
+    "--max-prefill-tokens": (True, "--chunked-prefill-size bounds the prompt tokens of a step"),
+    "--schedule-conservativeness": (True, "the scheduler preempts instead of guessing lengths"),
+    "--load-balance-method": (True, "there is one replica"),
+    "--constrained-json-whitespace-pattern": (True, "it belongs to the outlines library"),
+    "--disable-jump-forward": (False, "jump-forward decoding is not used"),
+    "--disable-disk-cache": (False, "it belongs to the outlines library"),
+    "--disable-outlines-disk-cache": (False, "it belongs to the outlines library"),
+    "--show-time-cost": (False, "see /metrics"),
+    "--enable-metrics": (False, "/metrics is always served"),
+    "--enable-chunked-prefill": (False, "prompts are always computed in chunks"),
+    "--disable-log-requests": (False, "requests are not logged unless --log-requests is given"),
+    "--disable-log-stats": (False, "see --decode-log-interval"),
+    "--delete-ckpt-after-loading": (False, "checkpoints are kept in --cache-dir"),
+    "--skip-server-warmup": (False, "every program is compiled and run once before the server is ready"),
+    "--tokenizer-mode": (True, "the fast tokenizer is always used"),
+    "--trust-remote-code": (False, ""),  # refused below; here so that it parses
+}
+
+# Names whose only accepted values are the ones here: the rest belongs to versions to come. () with a switch: refused.
+_ONE = ("1",)
+NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
+    "--tp-size": (_ONE, "one device is used"),
+    "--tensor-parallel-size": (_ONE, "one device is used"),
+    "--tp": (_ONE, "one device is used"),
+    "--dp-size": (_ONE, "one replica is run; start several servers behind a load balancer"),
+    "--data-parallel-size": (_ONE, "one replica is run; start several servers behind a load balancer"),
+    "--dp": (_ONE, "one replica is run; start several servers behind a load balancer"),
+    "--pipeline-parallel-size": (_ONE, "one device is used"),
+    "--pp-size": (_ONE, "one device is used"),
+    "--nnodes": (_ONE, "one host is used"),
+    "--node-rank": (("0",), "one host is used"),
+    "--dist-init-addr": ((), "one host is used"),
+    "--kv-cache-dtype": (("auto",), "the KV cache has the dtype of the activations"),
+    "--quantization": (("none",), "weights are served in the dtype of --dtype"),
+    "--cpu-offload-gb": (("0",), "weights stay on the device"),
+    "--num-continuous-decode-steps": (_ONE, "one step is scheduled at a time"),
+    "--speculative-algorithm": ((), "speculative decoding is not there"),
+    "--speculative-config": ((), "speculative decoding is not there"),
+    "--lora-paths": ((), "adapters are not there"),
+    "--lora-modules": ((), "adapters are not there"),
+    "--tool-call-parser": ((), "tool calling is not there"),
+    "--reasoning-parser": ((), "reasoning is not split off"),
+    "--json-model-override-args": (("{}",), "edit a copy of config.json instead"),
+    "--hf-overrides": (("{}",), "edit a copy of config.json instead"),
+    "--file-storage-path": ((), "files and batches are not there"),
+    "--file-storage-pth": ((), "files and batches are not there"),
+    "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),
+}
+NOT_YET_SWITCHES: dict[str, str] = {
+    "--is-embedding": "embedding models are not there",
+    "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
+    "--enable-lora": "adapters are not there",
+    "--enable-auto-tool-choice": "tool calling is not there",
+    "--enable-priority-scheduling": "requests have one priority",
+    "--allow-auto-truncate": "prompts are never cut",
+    "--enable-dp-attention": "one device is used",
+    "--enable-nan-detection": "logits are not checked",
+}
+REMOTE_CODE = (
+    "--trust-remote-code is refused: this server runs its own implementation of each model and never executes code that "
+    "comes with a checkpoint. Leave the flag out."
+)

@@ -1,0 +1,398 @@
+"""The front-end process: binds the port, brings the model, spawns the engine, serves HTTP, and ends in order.
+
+Exit codes: 0 asked to stop, 2 what the user can mend (flags, files, a taken port), 1 anything else. The environment is
+read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, JAXSERVE_API_KEY, HF_TOKEN.
+"""
+
+import asyncio
+import logging
+import logging.config
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import uvicorn
+
+from checkpoints.hub import HubError, ResolvedModel, resolve_model
+from jaxserve.api.app import create_app
+from jaxserve.api.serving import Serving
+from jaxserve.client import EngineClient, EngineUnavailable
+from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.flags import Options
+from jaxserve.progress import StageReporter
+from jaxserve.text.chat_template import TemplateError
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import EngineFailed, Progress, Ready
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+EngineEntry = Callable[[Connection, EngineConfig], None]
+
+BACKLOG = 2048
+ENGINE_EXIT_TIMEOUT = 10.0  # seconds between Stop and the first harder means
+FAILURE_GRACE = 5.0  # seconds to tell open requests that the engine is gone
+POLL_SECONDS = 0.1
+SIGNAL_PAUSE = 0.5  # seconds within which signals are one: timeout(1) and process groups send two at once
+
+
+def launch(options: Options, engine: EngineEntry | None = None) -> int:
+    """Serves until a signal or a failure; the process's exit code. engine: what the child runs (tests bring their own)."""
+    config = _with_environment(options, os.environ)
+    configure_logging(config)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    try:
+        listener = bind(config.host, config.port)
+    except OSError as error:
+        log.error(
+            "cannot listen on %s:%d: %s. Choose another --host or --port.", config.host, config.port, error.strerror
+        )
+        return 2
+    config = replace(config, port=listener.getsockname()[1])
+    cache_dir = options.cache_dir or default_cache_dir(os.environ)
+    loop_factory = uvicorn.Config(app="", loop="auto", log_config=None).get_loop_factory()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        options = replace(options, cache_dir=cache_dir, server=config)
+        front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), listener, engine or _run_engine)
+        return runner.run(front_end.run())
+
+
+def default_cache_dir(environ: Mapping[str, str]) -> str:
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return environ.get("JAXSERVE_CACHE_DIR") or os.path.join(base, "jaxserve")
+
+
+def _with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
+    config = options.server
+    key = config.api_key or environ.get("JAXSERVE_API_KEY") or None
+    return replace(config, api_key=key, served_model_names=config.served_model_names or (options.model,))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before anything heavy. Raises OSError when the address is taken or unknown."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it: 40 ms a reply
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def configure_logging(config: ServerConfig) -> None:
+    """Lines like `[2024-10-27 23:44:03] INFO:     127.0.0.1:33852 - "GET / HTTP/1.1" 200 OK`, all to stderr."""
+    level = config.log_level.upper()
+    access = '[%(asctime)s] %(levelprefix)s %(client_addr)s - "%(request_line)s" %(status_code)s'
+    times = "%Y-%m-%d %H:%M:%S"
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "plain": {"()": "jaxserve.launch.LogFormatter", "datefmt": times},
+                "access": {
+                    "()": "uvicorn.logging.AccessFormatter",
+                    "fmt": access,
+                    "datefmt": times,
+                    "use_colors": False,
+                },
+            },
+            "handlers": {
+                "plain": {"class": "logging.StreamHandler", "formatter": "plain"},
+                "access": {"class": "logging.StreamHandler", "formatter": "access"},
+            },
+            "root": {"handlers": ["plain"], "level": "WARNING"},
+            "loggers": {
+                "jaxserve": {"level": level},
+                "checkpoints": {"level": level},
+                "uvicorn.error": {"level": "WARNING"},
+                "uvicorn.access": {
+                    "handlers": ["access"],
+                    "level": (config.log_level_http or config.log_level).upper(),
+                    "propagate": False,
+                },
+            },
+        }
+    )
+
+
+class LogFormatter(logging.Formatter):
+    """`[time] message`, with the level's name from WARNING on."""
+
+    def __init__(self, datefmt: str) -> None:
+        super().__init__("[%(asctime)s] %(message)s", datefmt)
+        self.loud = logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", datefmt)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+
+
+def _run_engine(connection: Connection, config: EngineConfig) -> None:
+    """The child's first function; the only place that reaches for the engine, and it runs in the other process."""
+    from jaxserve.engine.main import main
+
+    main(connection, config)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: FrontEnd decides what a signal means."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class FrontEnd:
+    """One run of the server: its HTTP side, its engine process, and what has become of both."""
+
+    def __init__(self, options: Options, hub_token: str | None, listener: socket.socket, engine: EngineEntry) -> None:
+        self.options, self.hub_token, self.listener, self.engine = options, hub_token, listener, engine
+        self.context = multiprocessing.get_context("spawn")
+        self.process: Any = None
+        self.started = time.monotonic()
+        self.signalled = 0.0
+
+    async def run(self) -> int:
+        """Serves until a signal, a failed start or the engine's end; the exit code."""
+        config = self.options.server
+        ours, self.theirs = self.context.Pipe()
+        self.client = EngineClient(ours)
+        app = create_app(self.client, config)
+        self.serving: Serving = app.state.serving
+        self.client.start()
+        self.stop = asyncio.Event()
+        self.server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
+            )
+        )
+        self._install_signal_handlers()
+        log.info("starting %s on %s; requests get 503 until it is ready", self.options.model, self._url())
+        http = asyncio.ensure_future(self.server.serve(sockets=[self.listener]))
+        try:
+            return await self._watch(http)
+        finally:
+            await self._shut_down(http)
+
+    def _install_signal_handlers(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        now = time.monotonic()
+        if self.stop.is_set() and now - self.signalled < SIGNAL_PAUSE:
+            return
+        self.signalled = now
+        if self.stop.is_set():
+            log.warning("stopping now; open requests are dropped")
+            self.server.force_exit = True
+        self.stop.set()
+
+    async def _watch(self, http: "asyncio.Future[None]") -> int:
+        """Waits for the first thing that ends the server."""
+        starting = asyncio.ensure_future(self._start())
+        stopped = asyncio.ensure_future(self.stop.wait())
+        failed = asyncio.ensure_future(self.client.wait_failed())
+        reporting = asyncio.ensure_future(self._report_stages())
+        waiting: set[asyncio.Future[Any]] = {starting, stopped, failed, http}
+        try:
+            while True:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if stopped.done():
+                    return 0
+                if failed.done():
+                    return await self._report_failure(failed.result())
+                if http.done():
+                    log.error("the HTTP server ended by itself")
+                    return 1
+                code = self._start_result(starting)
+                if code is not None:
+                    return code
+                waiting.discard(starting)
+        finally:
+            for task in (starting, stopped, failed, reporting):
+                task.cancel()
+
+    def _start_result(self, starting: "asyncio.Future[None]") -> int | None:
+        """None when the start succeeded, else the exit code for its error."""
+        error = starting.exception()
+        if error is None:
+            return None
+        self.serving.failure = str(error)
+        if isinstance(error, EngineUnavailable) and self.client.failure is not None:
+            log.error("%s", self.client.failure.message)
+            return self.client.failure.exit_code
+        if isinstance(error, HubError | ConfigError | ValueError | OSError):
+            log.error("%s", error)
+            return 2
+        log.error("the server could not start", exc_info=error)
+        return 1
+
+    async def _start(self) -> None:
+        """Model -> engine process and tokenizer -> ready."""
+        resolved = await _in_thread(self._resolve)
+        options, config = self.options, self.serving.config
+        if not options.server.served_model_names[1:] and options.server.served_model_names == (options.model,):
+            names = tuple(dict.fromkeys((options.model, resolved.name)))
+            config = replace(config, served_model_names=names)
+        self.serving.config = replace(config, model_path=resolved.folder)
+        engine_config = EngineConfig(
+            model_path=resolved.folder,
+            cache_dir=options.cache_dir or "",
+            gguf_path=resolved.gguf_path,
+            orbax_path=resolved.orbax_path,
+            **options.engine,
+        )
+        # Not a daemon: daemons are killed at exit without a word, and this one is asked to stop.
+        self.process = self.context.Process(
+            target=self.engine, args=(self.theirs, engine_config), name="jaxserve-engine", daemon=False
+        )
+        self.process.start()
+        self.theirs.close()  # so that the end of the child is the end of the pipe
+        self.serving.tokenizer = await _in_thread(lambda: load_tokenizer(resolved.folder, config))
+        ready = await self.client.wait_ready()
+        if config.max_queued_requests is not None:
+            self.client.max_open_requests = ready.max_running + config.max_queued_requests
+        self._announce(ready)
+
+    def _resolve(self) -> ResolvedModel:
+        def progress(done: int, total: int, message: str) -> None:
+            self.serving.progress = Progress("download", done, total, message)
+
+        options = self.options
+        return resolve_model(
+            options.model,
+            cache_dir=options.cache_dir or "",
+            revision=options.revision,
+            token=self.hub_token,
+            progress=progress,
+        )
+
+    async def _report_stages(self) -> None:
+        reporter = StageReporter(sys.stderr)
+        try:
+            while (stage := self.serving.stage()) is not None:
+                if stage["status"] != "starting":
+                    return
+                reporter.show(stage["stage"], stage["done"], stage["total"], stage["message"])
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            reporter.finish()
+
+    def _announce(self, ready: Ready) -> None:
+        config = self.serving.config
+        log.info(
+            "model %s on %d %s (%s), %s, context %d tokens, KV cache %d tokens, %d programs, #cache_miss: %d",
+            config.served_model_names[0],
+            ready.num_devices,
+            ready.platform,
+            ready.device_kind,
+            ready.dtype,
+            ready.max_model_len,
+            ready.num_pages * ready.page_size,
+            ready.num_programs,
+            ready.cache_misses,
+        )
+        seconds = time.monotonic() - self.started
+        log.info("The server is fired up and ready to roll! %s/v1 (%.1f s)", self._url(), seconds)
+
+    def _url(self) -> str:
+        config = self.options.server
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+    async def _report_failure(self, failure: EngineFailed) -> int:
+        message = failure.message
+        if self.process is not None:
+            await _in_thread(lambda: self.process.join(2))
+            code = self.process.exitcode
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                hint = " (out of memory?)" if name == "SIGKILL" else ""
+                message += f"; it was ended by {name}{hint}"
+        log.error("the engine failed: %s", message)
+        return failure.exit_code
+
+    async def _shut_down(self, http: "asyncio.Future[None]") -> None:
+        """Stops accepting, lets open requests finish for a while, stops the engine."""
+        self.serving.stopping = True
+        if self.client.failure is not None:
+            self.server.config.timeout_graceful_shutdown = round(FAILURE_GRACE)
+        if self.client.num_open:
+            log.info("waiting for %d open requests", self.client.num_open)
+        self.server.should_exit = True
+        with suppress(asyncio.CancelledError):
+            await http
+        await self.client.close()
+        if self.process is not None:
+            await _in_thread(self._end_process)
+
+    def _end_process(self) -> None:
+        self.process.join(ENGINE_EXIT_TIMEOUT)
+        for harder in (self.process.terminate, self.process.kill):
+            if self.process.is_alive():
+                harder()
+                self.process.join(2)
+
+
+def load_tokenizer(model_folder: str, config: ServerConfig) -> Tokenizer:
+    """The tokenizer, with the template and the sampling defaults that the flags ask for. Raises ValueError."""
+    folder = config.tokenizer_path or model_folder
+    if not os.path.isdir(folder):
+        raise ValueError(f"--tokenizer-path {folder} is not a folder; give one that holds tokenizer.json")
+    tokenizer = Tokenizer.from_folder(folder, chat_template=config.chat_template)
+    if config.sampling_defaults == "openai":
+        tokenizer.sampling_defaults = {}
+    if tokenizer.chat_template is not None:
+        with suppress(TemplateError):  # the first rendering imports transformers, which takes seconds
+            tokenizer.chat_template.render([{"role": "user", "content": "Hello"}])
+    return tokenizer
+
+
+def _in_thread(function: Callable[[], T]) -> "Coroutine[Any, Any, T]":
+    """Runs the function in a daemon thread, which does not keep the process alive as asyncio.to_thread's would."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is None:
+            result.set_result(value)
+        else:
+            result.set_exception(error)
+
+    def work() -> None:
+        value, failure = None, None
+        try:
+            value = function()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever awaits
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=work, daemon=True).start()
+
+    async def wait() -> T:
+        return await result
+
+    return wait()

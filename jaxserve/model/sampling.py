@@ -1,0 +1,320 @@
+"""Next tokens from logits, on the device: one pure function for every row of a step, whatever each row asked for.
+
+Order, per row: penalties, bias, stop suppression -> temperature -> top_k -> top_p -> min_p -> one random draw.
+
+* repetition penalty (Keskar et al. 2019, "CTRL", §4.1, with the sign rule of Hugging Face transformers): tokens of
+  prompt and output; a positive logit is divided by it, any other is multiplied.
+* presence and frequency penalty (OpenAI API reference, "Frequency and presence penalties"): output tokens only;
+  logit -= presence * (count > 0) + frequency * count.
+* top_k: the k likeliest stay, and every token that ties with the last of them.
+* top_p (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration"): the smallest set of likeliest tokens
+  whose probability, renormalised over what top_k left, reaches top_p; ties with the last of them stay.
+* min_p (Nguyen et al. 2024, "Turning Up the Heat"): what has at least min_p times the probability of the likeliest
+  token; a ratio, so it does not depend on top_k and top_p.
+
+A row's answer depends on that row alone. Everything is measured as distance from the row's largest logit: a float32 >=
+0, whose bits, read as int32, have the same order. Probabilities are summed as 31-bit fixed point: integer sums do not
+depend on their order, so thresholds found by bisection and by candidates agree exactly, and a seeded row draws the same
+token in every batch size. There is no sort of the vocabulary, and what no row asks for is behind lax.cond.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+BLOCK = 512  # tokens per block of the two-level inverse CDF
+NUM_CANDIDATES = 128  # most nuclei and every usual top_k end among these; the others are bisected
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # outside of these the result is the same and float32 is not finite
+INFINITE_KEY = 0x7F800000  # the bits of +inf: every distance is at most this
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingState:
+    """What the device remembers per slot. V is the vocabulary, the last row scratch for padding."""
+
+    counts: Array  # [slots + 1, V] int32: how often the token is in the slot's output
+    prompt_seen: Array  # [slots + 1, V] bool: the token is in the slot's prompt
+    bias: Array  # [slots + 1, V] float32: added to the logits
+    stop_ids: Array  # [slots + 1, max_stop] int32: padded with V
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """How each of the N rows of a step is sampled. A row whose emit is False gets a meaningless token."""
+
+    slots: Array  # [N] int32
+    positions: Array  # [N] int32: position in its sequence of the token being sampled
+    emit: Array  # [N] bool: this row samples a token
+    sample: Array  # [N] bool: temperature > 0; otherwise the likeliest token (the smallest id among equals)
+    truncate: Array  # [N] bool: top_k, top_p or min_p is in force
+    penalties: Array  # [N] bool: reads and updates the slot's counts
+    bias: Array  # [N] bool: adds the slot's bias
+    suppress_stop: Array  # [N] bool: the slot's stop tokens cannot be sampled
+    logprobs: Array  # [N] bool
+    temperature: Array  # [N] float32; held within 1e-6 and 1e6
+    top_p: Array  # [N] float32; >= 1 = off
+    min_p: Array  # [N] float32 in [0, 1]; 0 = off
+    presence_penalty: Array  # [N] float32
+    frequency_penalty: Array  # [N] float32
+    repetition_penalty: Array  # [N] float32 > 0
+    top_k: Array  # [N] int32; 0 = off
+    seed_low: Array  # [N] int32: low 32 bits of the seed, raw
+    seed_high: Array  # [N] int32: high 32 bits
+    choice: Array  # [N] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """One token per row. Natural log-probabilities of the raw logits; zero in steps where no row asks for them."""
+
+    token_ids: Array  # [N] int32
+    logprobs: Array  # [N] float32: of token_ids
+    top_ids: Array  # [N, num_top] int32: likeliest first
+    top_logprobs: Array  # [N, num_top] float32
+
+
+def init_state(num_slots: int, vocab_size: int, max_stop: int) -> SamplingState:
+    """-> the state of num_slots empty slots and one scratch slot."""
+    rows = num_slots + 1
+    return SamplingState(
+        counts=jnp.zeros((rows, vocab_size), jnp.int32),
+        prompt_seen=jnp.zeros((rows, vocab_size), bool),
+        bias=jnp.zeros((rows, vocab_size), jnp.float32),
+        stop_ids=jnp.full((rows, max_stop), vocab_size, jnp.int32),
+    )
+
+
+def admit(
+    state: SamplingState,
+    slot: Array,
+    token_ids: Array,
+    num_prompt: Array,
+    num_tokens: Array,
+    bias_ids: Array,
+    bias_values: Array,
+    stop_ids: Array,
+) -> SamplingState:
+    """token_ids [N] int32 (prompt, then output so far, then padding), bias_* [B] (ids padded with V), stop_ids
+    [max_stop] (padded with V) -> state in which the slot holds exactly this and nothing of its previous owner.
+
+    Counting the output here equals having sampled it in this slot. Compile with the state donated.
+    """
+    vocab = state.counts.shape[1]
+    index = jnp.arange(token_ids.shape[0])
+    prompt = jnp.where(index < num_prompt, token_ids, vocab)
+    output = jnp.where((index >= num_prompt) & (index < num_tokens), token_ids, vocab)
+    return SamplingState(
+        counts=state.counts.at[slot].set(jnp.zeros(vocab, jnp.int32).at[output].add(1, mode="drop")),
+        prompt_seen=state.prompt_seen.at[slot].set(jnp.zeros(vocab, bool).at[prompt].set(True, mode="drop")),
+        bias=state.bias.at[slot].set(jnp.zeros(vocab, jnp.float32).at[bias_ids].add(bias_values, mode="drop")),
+        stop_ids=state.stop_ids.at[slot].set(stop_ids),
+    )
+
+
+def sample(logits: Array, rows: SamplingRows, state: SamplingState, *, num_top: int) -> tuple[SamplingState, Sampled]:
+    """logits [N, V] float32 -> one token per row, and the state in which rows with penalties have counted theirs.
+
+    A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError if num_top exceeds V.
+    """
+    if num_top > logits.shape[1]:
+        raise ValueError(f"num_top is {num_top}; at most the vocabulary's {logits.shape[1]} tokens can be reported")
+    token_ids = _choose(logits, rows, state)
+    counted = jnp.where(rows.emit & rows.penalties, rows.slots, state.counts.shape[0])
+    state = replace(state, counts=state.counts.at[counted, token_ids].add(1, mode="drop"))
+    return state, _report(logits, token_ids, jnp.any(rows.emit & rows.logprobs), num_top)
+
+
+def _choose(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
+    """logits [N, V] -> token ids [N]. A step of plain greedy rows costs one argmax."""
+    adjusts = jnp.any(rows.emit & (rows.penalties | rows.bias | rows.suppress_stop))
+    draws = jnp.any(rows.emit & rows.sample)
+
+    def general(logits: Array) -> Array:
+        scores = lax.cond(adjusts, lambda x: _adjust(x, rows, state), lambda x: x, logits)
+        return lax.cond(draws, lambda x: _draw(x, rows), _argmax, scores)
+
+    return lax.cond(adjusts | draws, general, _argmax, logits)
+
+
+def _argmax(scores: Array) -> Array:
+    """scores [N, V] -> [N] int32, the first of equals; two plain reductions, which vectorise unlike jnp.argmax."""
+    return _first_at(scores, scores.max(axis=1, keepdims=True))
+
+
+def _first_at(scores: Array, peak: Array) -> Array:
+    ids = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    last = scores.shape[1] - 1
+    return jnp.where(scores == peak, ids, last).min(axis=1)
+
+
+def _adjust(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
+    """logits [N, V] -> with penalties, bias and stop suppression, each in the rows that ask for it."""
+    counts = state.counts[rows.slots]
+    seen = (state.prompt_seen[rows.slots] | (counts > 0)) & rows.penalties[:, None]
+    repetition = rows.repetition_penalty[:, None]
+    scores = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    presence, frequency = rows.presence_penalty[:, None], rows.frequency_penalty[:, None]
+    penalised = scores - jnp.where(counts > 0, presence + frequency * counts.astype(jnp.float32), 0.0)
+    scores = jnp.where(rows.penalties[:, None], penalised, scores)
+    scores = jnp.where(rows.bias[:, None], scores + state.bias[rows.slots], scores)
+    stops = jnp.where(rows.suppress_stop[:, None], state.stop_ids[rows.slots], logits.shape[1])
+    return scores.at[jnp.arange(logits.shape[0])[:, None], stops].set(-jnp.inf, mode="drop")
+
+
+def _draw(scores: Array, rows: SamplingRows) -> Array:
+    """scores [N, V] -> token ids [N]: drawn in rows that sample, the likeliest in the others."""
+    largest = jnp.finfo(jnp.float32).max
+    scores = jnp.minimum(scores, largest)
+    peak = scores.max(axis=1, keepdims=True)
+    temperature = jnp.clip(jnp.where(rows.sample, rows.temperature, 1.0), MIN_TEMPERATURE, MAX_TEMPERATURE)
+    distance = (jnp.maximum(peak, -largest) - scores) / temperature[:, None]
+    truncates = rows.emit & rows.sample & rows.truncate
+    limit = lax.cond(
+        jnp.any(truncates),
+        lambda x: jnp.where(truncates, _limits(x, rows), INFINITE_KEY),
+        lambda x: jnp.full(x.shape[:1], INFINITE_KEY, jnp.int32),
+        distance,
+    )
+    drawn = _inverse_cdf(_weights(distance, limit), _random_bits(rows))
+    return jnp.where(rows.sample, drawn, _first_at(scores, peak))
+
+
+def _keys(distance: Array) -> Array:
+    """float32 >= 0 -> int32 of the same order."""
+    return lax.bitcast_convert_type(distance, jnp.int32)
+
+
+def _weights(distance: Array, limit: Array) -> Array:
+    """distance [N, V], limit [N] key -> [N, V] int32: exp(-distance) in fixed point, and 0 beyond the limit.
+
+    The unit is the power of two that makes the row's sum lie within 2^30 and 2^31 (and a rounding more: sum as uint32).
+    A power of two, because it hides that a float sum differs in its last bits from one batch size to another.
+    """
+    probability = jnp.where(_keys(distance) <= limit[:, None], jnp.exp(-distance), 0.0)
+    total = jnp.maximum(probability.sum(axis=1, keepdims=True), 1.0)
+    exponent = (_keys(total) >> 23) - 127
+    scale = lax.bitcast_convert_type((30 - exponent + 127) << 23, jnp.float32)
+    return (probability * scale + 0.5).astype(jnp.int32)
+
+
+def _limits(distance: Array, rows: SamplingRows) -> Array:
+    """distance [N, V] -> [N] the largest key that top_k, top_p and min_p all keep."""
+    num_candidates = min(NUM_CANDIDATES, distance.shape[1])
+    nearest, ids = lax.top_k(-distance, num_candidates)
+    nearest = _keys(jnp.abs(nearest))  # ascending
+    keys = _keys(distance)
+
+    k = jnp.clip(rows.top_k, 1, distance.shape[1])
+    by_rank = jnp.take_along_axis(nearest, jnp.minimum(k, num_candidates)[:, None] - 1, axis=1)[:, 0]
+    by_rank = _bisect_where(k > num_candidates, by_rank, keys, jnp.ones_like(keys), k.astype(jnp.uint32))
+    by_rank = jnp.where(rows.top_k > 0, by_rank, INFINITE_KEY)
+
+    weights = _weights(distance, by_rank)
+    goal = jnp.maximum(_multiply_high(_fraction(rows.top_p), weights.sum(axis=1, dtype=jnp.uint32)), 1)
+    mass = _running_sum(jnp.take_along_axis(weights, ids, axis=1).astype(jnp.uint32))
+    reached = jnp.minimum((mass < goal[:, None]).sum(axis=1), num_candidates - 1)
+    by_mass = jnp.take_along_axis(nearest, reached[:, None], axis=1)[:, 0]
+    by_mass = _bisect_where((mass[:, -1] < goal) & (rows.top_p < 1), by_mass, keys, weights, goal)
+    by_mass = jnp.where(rows.top_p < 1, by_mass, INFINITE_KEY)
+
+    by_ratio = _keys(jnp.abs(jnp.log(rows.min_p)))
+    return jnp.minimum(jnp.minimum(by_rank, by_mass), by_ratio)
+
+
+def _bisect_where(missing: Array, known: Array, keys: Array, weights: Array, goal: Array) -> Array:
+    """missing [N] bool, known [N], keys [N, V], weights [N, V] int32, goal [N] uint32 -> [N]: known, but where missing
+    the smallest key whose tokens (key and below) weigh at least goal; there known is a key that is not too large.
+
+    Exact: halves the range of int32 keys until one is left, at most 31 times and usually 25.
+    """
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        mass = jnp.where(keys <= middle[:, None], weights, 0).sum(axis=1, dtype=jnp.uint32)
+        enough = mass >= goal
+        return jnp.where((low < high) & ~enough, middle + 1, low), jnp.where((low < high) & enough, middle, high)
+
+    def bisect() -> Array:
+        largest = jnp.where(weights > 0, keys, 0).max(axis=1)
+        bounds = known, jnp.where(missing, largest, known)
+        return lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, bounds)[0]
+
+    return lax.cond(jnp.any(missing), bisect, lambda: known)
+
+
+def _fraction(value: Array) -> Array:
+    """float32 -> uint32 in units of 2^-32, held within 0 and just below 1."""
+    below_one = 1 - 2.0**-24
+    return (jnp.clip(value, 0.0, below_one) * 2.0**31).astype(jnp.int32).astype(jnp.uint32) << 1
+
+
+def _multiply_high(a: Array, b: Array) -> Array:
+    """uint32, uint32 -> the upper 32 bits of their 64-bit product, from four 16-bit products."""
+    a_high, a_low, b_high, b_low = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
+    middle = a_high * b_low + ((a_low * b_low) >> 16)
+    return a_high * b_high + (middle >> 16) + ((a_low * b_high + (middle & 0xFFFF)) >> 16)
+
+
+def _random_bits(rows: SamplingRows) -> Array:
+    """-> [N] uint32, a function of (seed, choice, position) alone.
+
+    fold_in(fold_in(seed, choice), position) with threefry2x32 (Salmon et al. 2011), named, so that no setting of JAX
+    changes it. The first word of the resulting key is itself uniform: no further draw is made from it.
+    """
+
+    def one(low: Array, high: Array, choice: Array, position: Array) -> Array:
+        words = lax.bitcast_convert_type(jnp.stack([high, low]), jnp.uint32)
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, choice), position))[0]
+
+    return jax.vmap(one)(rows.seed_low, rows.seed_high, rows.choice, rows.positions)
+
+
+def _inverse_cdf(weights: Array, bits: Array) -> Array:
+    """weights [N, V] int32 with a sum below 2^32, bits [N] uint32 -> [N] int32: the first token, in vocabulary order,
+    whose cumulated weight exceeds bits / 2^32 of the sum. A token of weight 0 is never the first; a row of zeros gives
+    V - 1.
+    """
+    num_rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(num_rows, -1, BLOCK).astype(jnp.uint32)
+    sums = blocks.sum(axis=2, dtype=jnp.uint32)
+    cdf = _running_sum(sums)
+    goal = _multiply_high(bits, cdf[:, -1])
+    block = jnp.minimum((cdf <= goal[:, None]).sum(axis=1), sums.shape[1] - 1)
+    row = jnp.arange(num_rows)
+    rest = goal - (cdf[row, block] - sums[row, block])
+    inside = _running_sum(blocks[row, block])
+    token = block * BLOCK + (inside <= rest[:, None]).sum(axis=1)
+    return jnp.minimum(token, vocab - 1).astype(jnp.int32)
+
+
+def _running_sum(values: Array) -> Array:
+    """values [N, K] uint32 -> [N, K] inclusive sums. One operation, where jnp.cumsum becomes a hundred on CPU."""
+    length = values.shape[1]
+    return lax.reduce_window(values, np.uint32(0), lax.add, (1, length), (1, 1), [(0, 0), (length - 1, 0)])
+
+
+def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int) -> Sampled:
+    """logits [N, V], token_ids [N], wanted (scalar bool) -> Sampled, with log-probabilities only if wanted."""
+    num_rows = logits.shape[0]
+
+    def compute() -> tuple[Array, Array, Array]:
+        total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+        top, ids = lax.top_k(logits, num_top)
+        return jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0] - total[:, 0], ids, top - total
+
+    def skip() -> tuple[Array, Array, Array]:
+        shape = (num_rows, num_top)
+        return jnp.zeros(num_rows, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    logprobs, top_ids, top_logprobs = lax.cond(wanted, compute, skip)
+    return Sampled(token_ids, logprobs, top_ids, top_logprobs)

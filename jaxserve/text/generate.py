@@ -1,0 +1,135 @@
+"""Prompt ids -> deltas of text: submits the choices, detokenises, matches stop strings, and aborts what nobody reads."""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from jaxserve.client import EngineClient, RequestStream, TokenEvent, merge
+from jaxserve.text.detokenizer import Detokenizer
+from jaxserve.text.stop import StopMatcher
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import FinishReason, Request, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """What the engine need not know about a request."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string or stop token that ended the text is part of it
+    skip_special_tokens: bool = True
+    priority: int = 0  # 0 interactive, 1 batch
+    after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one choice. token_ids and logprobs are those whose text is complete with this delta's text.
+
+    Tokens without text in the output (a stop token, what a stop string cuts off) are in num_tokens only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None  # None unless asked for; else one for each of token_ids
+    num_tokens: int  # sampled so far, all of them
+    finish_reason: FinishReason | None = None
+    matched_stop: int | str | None = None  # the stop token's id or the stop string
+    cached_tokens: int = 0  # of the prompt, from the prefix cache
+
+
+async def generate(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    params: Sequence[SamplingParams],
+    options: GenerateOptions,
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Yields (choice index, delta) in the order of arrival; params [N], one of each choice, params[i].choice == i.
+
+    Exactly one delta of a choice has a finish_reason, its last. Everything that arrived since the last read is one delta.
+    Closing the generator aborts the choices that have not ended. Raises EngineUnavailable, EngineOverloaded.
+    """
+    tokens = tuple(prompt_ids)
+    choices = [_Choice(tokenizer, each, options) for each in params]
+    streams = client.submit([Request(client.next_id(), tokens, each, options.priority) for each in params])
+    try:
+        async for index, events in merge(streams):
+            delta = choices[index].advance(events, streams[index])
+            if delta is not None:
+                yield index, delta
+    finally:
+        for stream in streams:
+            stream.abort()
+
+
+class _Choice:
+    """The way of one choice's tokens to text. Positions count characters of its text, stop strings included."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, options: GenerateOptions) -> None:
+        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens, after_text=options.after_text)
+        self._matcher = StopMatcher(options.stop, options.include_stop)
+        self._include_stop = options.include_stop
+        self._min_tokens = params.min_tokens
+        self._wants_logprobs = params.num_logprobs is not None
+        self._held: list[tuple[int, TokenLogprobs | None, int]] = []  # token, logprobs, where its text ends
+        self._num_decoded = 0
+        self._num_emitted = 0
+        self._num_tokens = 0
+
+    def advance(self, events: Sequence[TokenEvent], stream: RequestStream) -> Delta | None:
+        """None when nothing is complete yet. A stop string aborts the stream."""
+        texts: list[str] = []
+        finish_reason: FinishReason | None = None
+        matched_stop: int | str | None = None
+        for event in events:
+            emitted, matched = self._take(event)
+            texts.append(emitted)
+            finish_reason = event.finish_reason
+            if matched is not None:
+                finish_reason, matched_stop = "stop", matched
+                stream.abort()
+                break
+            if finish_reason == "stop":
+                matched_stop = event.token_id
+        text = "".join(texts)
+        released = self._release()
+        if not text and not released and finish_reason is None:
+            return None
+        return Delta(
+            text=text,
+            token_ids=tuple(token_id for token_id, _ in released),
+            logprobs=tuple(item for _, item in released if item is not None) if self._wants_logprobs else None,
+            num_tokens=self._num_tokens,
+            finish_reason=finish_reason,
+            matched_stop=matched_stop,
+            cached_tokens=events[0].cached_tokens,
+        )
+
+    def _take(self, event: TokenEvent) -> tuple[str, str | None]:
+        """-> (text that may be given out, the stop string it ran into or None)."""
+        text = ""
+        if event.token_id is not None:
+            self._num_tokens += 1
+            if event.finish_reason != "stop" or self._include_stop:
+                text = self._detokenizer.push((event.token_id,))
+                # A token that ends inside a character is complete with the next character.
+                end = self._num_decoded + len(text) + self._detokenizer.half
+                self._held.append((event.token_id, event.logprobs, end))
+        final = event.finish_reason is not None
+        if final:
+            text += self._detokenizer.finish()
+        self._num_decoded += len(text)
+        if self._num_tokens <= self._min_tokens:
+            emitted, matched = text, None  # no stop string may end the text yet, so none is looked for
+        else:
+            emitted, matched = self._matcher.push(text, final)
+        self._num_emitted += len(emitted)
+        return emitted, matched
+
+    def _release(self) -> list[tuple[int, TokenLogprobs | None]]:
+        count = 0
+        while count < len(self._held) and self._held[count][2] <= self._num_emitted:
+            count += 1
+        released = [(token_id, logprobs) for token_id, logprobs, _ in self._held[:count]]
+        del self._held[:count]
+        return released

@@ -1,0 +1,63 @@
+"""The one contract of paged attention, and the choice of who fulfils it.
+
+A step has S decode rows with one token each, then T prefill tokens in R chunks; either may be absent. A backend gives
+``plan``, run once per step, and ``attend``, run in every layer, which writes the new tokens' K and V into the cache and
+then attends, so that a kernel may fuse the two. q [S + T, H, D], k and v [S + T, K, D]; the result is [S + T, H, D] in
+q's dtype; scores, maxima and sums are float32. Rows with kv_len 0 are padding: they write nothing, and what they return
+is finite and ignored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from kernels_pallas import xla
+from kernels_pallas.cache import KVCache
+
+Layer = int | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeRows:
+    """S rows with one new token each, at position kv_lens - 1."""
+
+    page_table: jax.Array  # [S, M]
+    kv_lens: jax.Array  # [S] tokens including the new one; 0 = unused row
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillChunks:
+    """R rows whose new tokens lie one after another among T: row r holds tokens starts[r] .. starts[r + 1], the last
+    ones of which are padding where position >= kv_len. Starts, and first positions, are multiples of the page size."""
+
+    page_table: jax.Array  # [R, M]
+    kv_lens: jax.Array  # [R] tokens including this chunk; 0 = unused row
+    starts: jax.Array  # [R + 1] unused rows start at T
+    positions: jax.Array  # [T]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One backend. The work that plan returns is what all layers of a step share."""
+
+    name: str
+    plan: Callable[[DecodeRows | None, PrefillChunks | None, int], Any]  # the last is the page size
+    attend: Callable[[jax.Array, jax.Array, jax.Array, KVCache, Layer, Any], tuple[jax.Array, KVCache]]
+
+
+def choose(platform: str) -> Attention:
+    """The backend for a JAX platform name. Every platform is served by XLA's path today."""
+    del platform
+    return Attention("xla", xla.plan, xla.attend)
+
+
+def default_page_size(platform: str) -> int:
+    """Tokens per page: 128 fills TPU tiles, 64 is a Hopper K tile, 16 keeps the CPU's prefix sharing fine-grained."""
+    return {"tpu": 128, "gpu": 64, "cuda": 64, "rocm": 64}.get(platform, 16)
+
+
+__all__ = ["Attention", "DecodeRows", "KVCache", "PrefillChunks", "choose", "default_page_size"]

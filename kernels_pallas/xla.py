@@ -1,0 +1,197 @@
+"""Paged attention in plain XLA: loops over blocks of pages with online softmax (Milakov and Gimelshein 2018, Rabe and
+Staats 2021) and a traced bound, so that one program serves every context length and reads only what the rows hold."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.cache import LANES, KVCache, pack, unpack
+
+if TYPE_CHECKING:
+    from kernels_pallas.attention import DecodeRows, PrefillChunks
+
+DECODE_BLOCK_TOKENS = 128
+PREFILL_BLOCK_TOKENS = 512
+_MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its rescaling free of NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodePlan:
+    page_table: jax.Array  # [S, M rounded up to whole blocks]
+    kv_lens: jax.Array  # [S]
+    num_blocks: jax.Array  # [] blocks of the longest row
+    write_pages: jax.Array  # [S] page of the new token; 2**30 (out of range: dropped) for unused rows
+    write_offsets: jax.Array  # [S]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillPlan:
+    pages: jax.Array  # [J] the rows' pages, one after another: the only KV that is read
+    page_rows: jax.Array  # [J] row that owns pages[j]; -1 past the end
+    page_positions: jax.Array  # [J] position of its first token
+    num_blocks: jax.Array  # []
+    token_rows: jax.Array  # [T] row of each token; -2 for padding
+    positions: jax.Array  # [T]
+    write_pages: jax.Array  # [T / page_size] page of each page_size tokens; 2**30 (dropped) for padding
+
+
+_NOWHERE = 2**30
+
+Work = tuple[DecodePlan | None, PrefillPlan | None]
+
+
+def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: int) -> Work:
+    """What the layers of a step share."""
+    return (
+        None if rows is None else _plan_decode(rows, page_size),
+        None if chunks is None else _plan_prefill(chunks, page_size),
+    )
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work
+) -> tuple[jax.Array, KVCache]:
+    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache."""
+    decode_plan, prefill_plan = work
+    num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
+    rows = pack(k, v).astype(cache.pages.dtype)
+    pages = cache.pages
+    if decode_plan is not None:
+        slots = (layer, decode_plan.write_pages, slice(None), decode_plan.write_offsets)
+        pages = pages.at[slots].set(rows[:num_decode], mode="drop")
+    if prefill_plan is not None:
+        new = rows[num_decode:].reshape(-1, pages.shape[3], *rows.shape[1:])
+        pages = pages.at[layer, prefill_plan.write_pages].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    outs = []
+    if decode_plan is not None:
+        outs.append(_decode(q[:num_decode], pages, k.shape[1], layer, decode_plan))
+    if prefill_plan is not None:
+        outs.append(_prefill(q[num_decode:], pages, k.shape[1], layer, prefill_plan))
+    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)
+
+
+def _plan_decode(rows: "DecodeRows", page_size: int) -> DecodePlan:
+    per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
+    table = _pad_to(rows.page_table, per_block, axis=1)
+    last = jnp.maximum(rows.kv_lens - 1, 0)
+    page = jnp.take_along_axis(table, (last // page_size)[:, None], axis=1)[:, 0]
+    num_blocks = -(-jnp.max(rows.kv_lens) // (per_block * page_size))
+    return DecodePlan(table, rows.kv_lens, num_blocks, jnp.where(rows.kv_lens > 0, page, _NOWHERE), last % page_size)
+
+
+def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
+    num_rows, max_pages = chunks.page_table.shape
+    per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
+    counts = -(-chunks.kv_lens // page_size)  # [R] pages each row reads
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(-(-num_rows * max_pages // per_block) * per_block)
+    row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_rows - 1)
+    index = item - (ends - counts)[row]
+    used = item < ends[-1]
+    pages = jnp.where(used, chunks.page_table[row, jnp.clip(index, 0, max_pages - 1)], 0)
+
+    token = jnp.arange(chunks.positions.shape[0])
+    token_row = jnp.clip(jnp.searchsorted(chunks.starts, token, side="right") - 1, 0, num_rows - 1)
+    real = chunks.positions < chunks.kv_lens[token_row]
+    first = slice(None, None, page_size)  # chunks start on page borders, so page_size tokens share a page
+    write = chunks.page_table[token_row[first], jnp.clip(chunks.positions[first] // page_size, 0, max_pages - 1)]
+    return PrefillPlan(
+        pages=pages,
+        page_rows=jnp.where(used, row, -1),
+        page_positions=index * page_size,
+        num_blocks=-(-ends[-1] // per_block),
+        token_rows=jnp.where(real, token_row, -2),
+        positions=chunks.positions,
+        write_pages=jnp.where(real[first], write, _NOWHERE),
+    )
+
+
+def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan) -> jax.Array:
+    """q [S, H, D] against the rows' pages -> [S, H, D]."""
+    num_rows, num_heads, head_dim = q.shape
+    _, num_pages, page_rows, page_size, _ = pages.shape
+    per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
+    block = per_block * page_size
+    flat = pages.reshape(-1, page_rows * page_size * LANES)  # whole pages gather at memory speed, elements do not
+    grouped = _scaled(q, num_kv_heads)
+
+    def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        ids = lax.dynamic_slice_in_dim(plan.page_table, b * per_block, per_block, axis=1) + layer * num_pages
+        kv = flat[ids].reshape(num_rows, per_block, page_rows, page_size, LANES)
+        keys, values = unpack(kv, num_kv_heads, head_dim)  # [S, n, K, page_size, D]
+        scores = jnp.einsum("skgd,snktd->skgnt", grouped, keys, preferred_element_type=jnp.float32)
+        position = (b * block + jnp.arange(block)).reshape(per_block, page_size)
+        visible = position < plan.kv_lens[:, None, None]  # [S, n, page_size]
+        values = jnp.where(visible[:, :, None, :, None], values, 0)
+        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        return _accumulate(carry, scores, values, "skgnt,snktd->skgd", axes=(3, 4))
+
+    out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start((*grouped.shape[:3], head_dim))))
+    return out.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
+
+
+def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan) -> jax.Array:
+    """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].
+
+    All tokens meet all pages of the list, and a mask keeps rows apart: the list is short where rows are many.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_pages, page_rows, page_size, _ = pages.shape
+    per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
+    flat = pages.reshape(-1, page_rows * page_size * LANES)
+    grouped = jnp.moveaxis(_scaled(q, num_kv_heads), 0, 2)  # [K, G, T, D]
+
+    def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def take(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, b * per_block, per_block)
+
+        kv = flat[take(plan.pages) + layer * num_pages].reshape(per_block, page_rows, page_size, LANES)
+        kv = jnp.swapaxes(kv, 0, 1).reshape(page_rows, per_block * page_size, LANES)
+        keys, values = unpack(kv, num_kv_heads, head_dim)  # [K, n, D]
+        row = jnp.repeat(take(plan.page_rows), page_size)
+        position = (take(plan.page_positions)[:, None] + jnp.arange(page_size)).reshape(-1)
+        visible = (row == plan.token_rows[:, None]) & (position <= plan.positions[:, None])  # [T, n]
+        values = jnp.where(jnp.any(visible, axis=0)[:, None], values, 0)
+        scores = jnp.einsum("kgtd,knd->kgtn", grouped, keys, preferred_element_type=jnp.float32)
+        return _accumulate(carry, jnp.where(visible, scores, _MASKED), values, "kgtn,knd->kgtd", axes=(3,))
+
+    out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start((*grouped.shape[:3], head_dim))))
+    return jnp.moveaxis(out, 2, 0).reshape(num_tokens, num_heads, head_dim).astype(q.dtype)
+
+
+def _scaled(q: jax.Array, num_kv_heads: int) -> jax.Array:
+    """q [N, H, D] -> [N, K, G, D] times 1 / sqrt(D)."""
+    return (q * q.shape[-1] ** -0.5).reshape(q.shape[0], num_kv_heads, -1, q.shape[-1])
+
+
+def _start(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of an online softmax that has seen nothing: running maximum, sum and weighted values."""
+    return jnp.full(shape[:-1], _MASKED), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+
+
+def _accumulate(
+    carry: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array, equation: str, axes: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    maximum, total, out = carry
+    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=axes))
+    weights = jnp.exp(scores - jnp.expand_dims(new_maximum, axes))
+    shrink = jnp.exp(maximum - new_maximum)
+    total = total * shrink + jnp.sum(weights, axis=axes)
+    weighted = jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return new_maximum, total, out * shrink[..., None] + weighted
+
+
+def _normalise(carry: tuple[jax.Array, ...]) -> jax.Array:
+    _, total, out = carry
+    return out / jnp.maximum(total, 1e-30)[..., None]
+
+
+def _pad_to(x: jax.Array, multiple: int, axis: int) -> jax.Array:
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, pad)

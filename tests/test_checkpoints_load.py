@@ -1,0 +1,325 @@
+import json
+import os
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from tokenizers import Tokenizer
+
+from checkpoints import convert as converting
+from checkpoints.convert import OrbaxSource, convert, convert_path, open_source
+from checkpoints.files import CheckpointError, SafetensorsSource, TensorInfo
+from checkpoints.gguf import GGUFSource
+from checkpoints.hub import resolve_model
+from checkpoints.llama import hf_name, tensor_names, tensor_shapes
+from checkpoints.load import ALIGNMENT, DummySource, Target, load
+from checkpoints.storage import read_checkpoint_file
+from tests import tiny_llama
+
+ONE = SingleDeviceSharding(jax.devices("cpu")[0])
+Q, K, V = (hf_name(0, part) for part in "qkv")
+
+
+def quiet(done, total, message):
+    pass
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_llama.write_tiny_llama(tmp_path / "hf", shards=2)
+
+
+class Recording:
+    """A source that notes what is read of it."""
+
+    def __init__(self, source):
+        self.source, self.tensors, self.reads = source, source.tensors, []
+
+    def read(self, name, index=None):
+        self.reads.append((name, index))
+        return self.source.read(name, index)
+
+
+def test_names_and_shapes_are_those_of_the_checkpoint(tmp_path):
+    folder = tiny_llama.write_tiny_llama(tmp_path, attention_bias=True, mlp_bias=True, tie=True)
+    source = SafetensorsSource(folder)
+    dims = {"L": 2, "E": 64, "H": 4, "K": 2, "D": 16, "F": 96, "V": source.tensors[hf_name(None, "embed")].shape[0]}
+    shapes = tensor_shapes(dims, tie=True, attention_bias=True, mlp_bias=True)
+    assert shapes == {name: info.shape for name, info in source.tensors.items()}
+    assert tensor_names(2, tie=True, attention_bias=True, mlp_bias=True) == list(shapes)
+    assert hf_name(1, "q", bias=True) in shapes and hf_name(None, "head") not in shapes
+
+
+def test_loading_casts_turns_and_joins(tiny):
+    source = SafetensorsSource(tiny)
+    targets = {
+        "plain": Target((Q,), (64, 64), np.dtype(np.float32), ONE),
+        "turned": Target((hf_name(0, "up"),), (64, 96), np.dtype(np.float32), ONE, transpose=True),
+        "qkv": Target((Q, K, V), (64, 128), np.dtype(ml_dtypes.bfloat16), ONE, transpose=True),
+        "norm": Target((hf_name(None, "norm"),), (64,), np.dtype(np.float32), ONE),
+    }
+    steps = []
+    found = load(source, targets, progress=lambda *step: steps.append(step))
+    assert list(found) == list(targets)
+    assert np.array_equal(found["plain"], source.read(Q))
+    assert np.array_equal(found["turned"], source.read(hf_name(0, "up")).T)
+    joined = np.concatenate([source.read(name) for name in (Q, K, V)]).T.astype(ml_dtypes.bfloat16)
+    assert found["qkv"].dtype == jnp.bfloat16 and np.array_equal(np.asarray(found["qkv"]), joined)
+    total = sum(array.nbytes for array in found.values())
+    assert steps[0][:2] == (0, total) and steps[-1][:2] == (total, total)
+    assert [step[0] for step in steps] == sorted(step[0] for step in steps)
+
+
+def test_loaded_arrays_own_their_memory(tmp_path):
+    path = tmp_path / "model.safetensors"
+    values = {"w": np.arange(4096, dtype=np.float32).reshape(64, 64)}
+    tiny_llama.write_safetensors(path, values)
+    array = load(SafetensorsSource(str(path)), {"w": Target(("w",), (64, 64), np.float32, ONE)}, progress=quiet)["w"]
+    with open(path, "r+b") as file:
+        file.seek(-4096 * 4, os.SEEK_END)
+        file.write(bytes(4096 * 4))
+    assert np.array_equal(array, values["w"]) and array.unsafe_buffer_pointer() % ALIGNMENT == 0
+
+
+def test_each_device_reads_only_its_own_slice(tiny):
+    from tests.test_checkpoints_files import run_python
+
+    code = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from checkpoints.files import SafetensorsSource
+from checkpoints.load import Target, load
+from tests.test_checkpoints_load import Recording, Q, K, V, quiet
+assert jax.device_count() == 4
+source = Recording(SafetensorsSource(FOLDER))
+mesh = Mesh(np.array(jax.devices()), ("tp",))
+targets = {
+    "qkv": Target((Q, K, V), (64, 128), np.float32, NamedSharding(mesh, P(None, "tp")), True),
+    "copies": Target((Q,), (64, 64), np.float32, NamedSharding(mesh, P())),
+}
+found = load(source, targets, progress=quiet)
+joined = np.concatenate([source.source.read(name) for name in (Q, K, V)]).T
+assert np.array_equal(found["qkv"], joined) and np.array_equal(found["copies"], source.source.read(Q))
+assert {shard.data.shape for shard in found["qkv"].addressable_shards} == {(64, 32)}
+read = sum((i[0].stop - i[0].start) * (i[1].stop - i[1].start) for _, i in source.reads)
+assert read == 128 * 64 + 64 * 64, read  # every byte once, the copies' too
+"""
+    run_python(code.replace("FOLDER", repr(tiny)), XLA_FLAGS="--xla_force_host_platform_device_count=4", NPROC="16")
+
+
+def test_a_missing_tensor_and_a_wrong_shape_stop_before_anything_is_read(tiny):
+    source = Recording(SafetensorsSource(tiny))
+    good = Target((Q,), (64, 64), np.dtype(np.float32), ONE)
+
+    def fails(match, **target):
+        with pytest.raises(CheckpointError, match=match):
+            load(source, {"good": good, "bad": Target(**target, sharding=ONE)}, progress=quiet)
+        assert source.reads == []
+
+    float32 = np.dtype(np.float32)
+    fails("no tensor 'lm_tail.weight'", names=("lm_tail.weight",), shape=(1, 1), dtype=float32)
+    fails(r"'bad' expects \[64, 65\], found .*q_proj.weight \[64, 64\]", names=(Q,), shape=(64, 65), dtype=float32)
+    fails(r"expects \[64, 96\], found", names=(hf_name(0, "up"),), shape=(64, 96), dtype=float32)
+    fails("found .* \\+ ", names=(Q, hf_name(0, "down")), shape=(128, 64), dtype=float32)
+
+
+def test_scaled_integer_and_fp8_weights_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tiny_llama.write_safetensors(path, {"w": np.ones((2, 2), ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match="'w' is float8_e4m3fn; expected float32"):
+        load(SafetensorsSource(str(path)), {"w": Target(("w",), (2, 2), np.dtype(np.float32), ONE)}, progress=quiet)
+
+
+def test_dummy_weights_depend_on_the_seed_alone_and_slices_agree():
+    shapes = tensor_shapes({"L": 1, "E": 64, "H": 4, "K": 2, "D": 16, "F": 96, "V": 70000}, tie=True)
+    first, same, other = DummySource(shapes, 3), DummySource(shapes, 3), DummySource(shapes, 4)
+    embed = first.read(hf_name(None, "embed"))
+    assert embed.shape == (70000, 64) and abs(embed.std() - 0.02) < 1e-4
+    assert np.array_equal(embed, same.read(hf_name(None, "embed")))
+    assert not np.array_equal(embed, other.read(hf_name(None, "embed")))
+    assert np.array_equal(
+        first.read(hf_name(None, "embed"), (slice(65000, 69999), slice(5, 9))), embed[65000:69999, 5:9]
+    )
+    assert (first.read(hf_name(0, "attn_norm")) == 1).all()
+    assert not np.array_equal(first.read(Q), first.read(hf_name(0, "o")))
+
+
+# converted checkpoints
+
+
+def test_a_converted_checkpoint_holds_the_same_tensors(tiny, tmp_path):
+    source, dst = SafetensorsSource(tiny), str(tmp_path / "out")
+    steps = []
+    convert(source, dst, extra_files=tiny, metadata={"note": "x"}, progress=lambda *step: steps.append(step))
+    found = open_source(dst)
+    assert isinstance(found, OrbaxSource) and found.tensors == source.tensors and found.metadata["note"] == "x"
+    for name in source.tensors:
+        assert np.array_equal(found.read(name), source.read(name)), name
+    assert np.array_equal(found.read(Q, (slice(3, 9), slice(10, 64))), source.read(Q)[3:9, 10:64])
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (Path(dst) / name).read_bytes() == (Path(tiny) / name).read_bytes()
+    total = sum(info.num_bytes for info in source.tensors.values())
+    assert steps[0][:2] == (0, total) and "MB" in steps[0][2] and steps[-1][:2] == (total, total)
+
+
+def test_orbax_itself_reads_what_was_written(tiny, tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    monkeypatch.setattr(converting, "_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(converting, "_CHUNK_BYTES", 4_000)
+    source, dst = SafetensorsSource(tiny), tmp_path / "out"
+    convert(source, str(dst), extra_files=tiny, progress=quiet)
+    tree = ocp.load(dst / "orbax")
+    assert set(tree) == set(source.tensors)
+    assert all(np.array_equal(np.asarray(tree[name]), source.read(name)) for name in source.tensors)
+    found = OrbaxSource(str(dst))
+    assert ocp.metadata(dst / "orbax").custom_metadata == found.metadata
+    assert all(np.array_equal(found.read(name), source.read(name)) for name in source.tensors)
+
+
+def test_bfloat16_stays_bfloat16_and_tied_stays_tied(tmp_path):
+    folder = tiny_llama.write_tiny_llama(tmp_path / "hf", dtype="bfloat16", tie=True)
+    convert_path(folder, str(tmp_path / "out"), progress=quiet)
+    found, source = OrbaxSource(str(tmp_path / "out")), SafetensorsSource(folder)
+    assert found.tensors[Q] == TensorInfo((64, 64), np.dtype(ml_dtypes.bfloat16))
+    assert found.read(Q).tobytes() == source.read(Q).tobytes() and hf_name(None, "head") not in found.tensors
+
+
+def test_a_gguf_converts_to_float32_with_its_own_config_files(tiny, tmp_path):
+    path = str(tmp_path / "tiny.gguf")
+    tiny_llama.write_tiny_gguf(tiny, path, quantise="Q8_0")
+    assert converting.main([path, str(tmp_path / "out")]) == 0
+    found, source = OrbaxSource(str(tmp_path / "out")), GGUFSource(path)
+    assert found.tensors == source.tensors and found.tensors[Q].dtype == np.float32
+    assert all(np.array_equal(found.read(name), source.read(name)) for name in source.tensors)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_what_an_interrupted_conversion_left_is_replaced(tiny, tmp_path, monkeypatch):
+    dst = tmp_path / "out"
+    (tmp_path / ".out.partial-old").mkdir()
+    (tmp_path / ".out.partial-old" / "junk").write_text("x")
+
+    class Breaking(Recording):
+        def read(self, name, index=None):
+            if len(self.reads) == 5:
+                raise KeyboardInterrupt
+            return super().read(name, index)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(Breaking(SafetensorsSource(tiny)), str(dst), progress=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out.lock"]
+    convert(SafetensorsSource(tiny), str(dst), extra_files=tiny, progress=quiet)
+    assert OrbaxSource(str(dst)).tensors
+
+
+def test_two_conversions_at_once_write_once(tiny, tmp_path):
+    dst, lines, failures = str(tmp_path / "out"), [], []
+
+    def work():
+        try:
+            convert(SafetensorsSource(tiny), dst, extra_files=tiny, progress=lambda *step: lines.append(step[2]))
+        except BaseException as error:  # noqa: BLE001 - reported below
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and sum("is there already" in line for line in lines) == 2
+    assert len(OrbaxSource(dst).tensors) == len(SafetensorsSource(tiny).tensors)
+
+
+def test_another_model_or_a_foreign_folder_is_never_overwritten(tiny, tmp_path, capsys):
+    dst = tmp_path / "out"
+    dst.mkdir()
+    (dst / "precious").write_text("x")
+    assert converting.main([tiny, str(dst)]) == 2
+    assert "is no converted checkpoint; remove it" in capsys.readouterr().err and (dst / "precious").exists()
+    other = tiny_llama.write_tiny_llama(tmp_path / "other", seed=9)
+    convert_path(tiny, str(tmp_path / "a"), progress=quiet)
+    with pytest.raises(CheckpointError, match="converted from another source"):
+        convert_path(other, str(tmp_path / "a"), progress=quiet)
+    assert converting.main([str(tmp_path / "absent"), str(tmp_path / "b")]) == 2
+
+
+def test_a_disk_too_small_is_refused_before_writing(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(CheckpointError, match="0 MB are free"):
+        convert(SafetensorsSource(tiny), str(tmp_path / "out"), extra_files=tiny, progress=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_says_so(tiny, tmp_path):
+    import shutil
+
+    dst = tmp_path / "out"
+    convert_path(tiny, str(dst), progress=quiet)
+    document = json.loads((dst / "checkpoint.json").read_text())
+    (dst / "checkpoint.json").write_text(json.dumps(document | {"version": 99}))
+    with pytest.raises(CheckpointError, match="version 99; expected 'jaxserve-checkpoint' version 1"):
+        read_checkpoint_file(str(dst))
+    document["tensors"]["ghost.weight"] = ["float32", 2]
+    document["tensors"][Q] = ["float32", 3, 64]
+    (dst / "checkpoint.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="'ghost.weight' cannot be read"):
+        OrbaxSource(str(dst)).read("ghost.weight")
+    with pytest.raises(CheckpointError, match=r"float32 \[64, 64\]; expected float32 \[3, 64\]"):
+        OrbaxSource(str(dst)).read(Q)
+    shutil.rmtree(dst / "orbax")
+    with pytest.raises(CheckpointError, match="damaged"):
+        OrbaxSource(str(dst))
+    with pytest.raises(CheckpointError, match="no converted checkpoint"):
+        OrbaxSource(str(tmp_path))
+
+
+# the default model
+
+
+@pytest.fixture(scope="module")
+def default_model():
+    cache = os.environ.get("JAXSERVE_TEST_CACHE") or os.path.expanduser("~/.cache/jaxserve")
+    return resolve_model("SmolLM2-135M-Instruct", cache_dir=cache, progress=quiet)
+
+
+def test_the_default_model_is_what_it_should_be(default_model):
+    source = GGUFSource(default_model.gguf_path)
+    config = json.loads((Path(default_model.folder) / "config.json").read_text())
+    dims = {"L": 30, "E": 576, "H": 9, "K": 3, "D": 64, "F": 1536, "V": 49152}
+    assert {name: info.shape for name, info in source.tensors.items()} == tensor_shapes(dims, tie=True)
+    assert (config["rope_theta"], config["rms_norm_eps"], config["eos_token_id"]) == (100000.0, 1e-05, 2)
+    assert config["tie_word_embeddings"] and config["max_position_embeddings"] == 8192
+
+
+def test_the_default_models_chat_is_tokenised_as_its_authors_do(default_model):
+    config = json.loads((Path(default_model.folder) / "tokenizer_config.json").read_text())
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    text = jinja2.Template(config["chat_template"]).render(messages=chat, add_generation_prompt=True)
+    tokenizer = Tokenizer.from_file(os.path.join(default_model.folder, "tokenizer.json"))
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
+    question = [2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    assert tokenizer.encode(text).ids == system + question
+    assert tokenizer.decode([504, 3575, 282, 4649, 314, 7042, 30, 2]) == "The capital of France is Paris."
+    assert len(tokenizer.encode("2026½").ids) == 4 + len(tokenizer.encode("½").ids)
+
+
+def test_the_default_model_loads_from_its_converted_checkpoint(default_model):
+    source = GGUFSource(default_model.gguf_path)
+    convert(source, default_model.orbax_path, extra_files=default_model.folder, progress=quiet)
+    found = OrbaxSource(default_model.orbax_path)
+    targets = {
+        name: Target((name,), info.shape[::-1], np.dtype(np.float32), ONE, transpose=len(info.shape) == 2)
+        for name, info in found.tensors.items()
+        if "layers." not in name or "layers.17." in name
+    }
+    for name, array in load(found, targets, progress=quiet).items():
+        assert np.array_equal(array, source.read(name).T), name

@@ -1,0 +1,151 @@
+"""The command line: names of both families, files, refusals, and that asking for help is cheap."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
+from jaxserve.flags import FLAGS, FlagError, parse
+from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES
+
+
+def test_no_flag_is_mandatory_and_defaults_are_the_configs():
+    options = parse([])
+    assert options.model == DEFAULT_MODEL and options.server == ServerConfig() and options.engine == {}
+    assert options.warnings == ()
+
+
+def test_every_flag_fills_a_field_that_exists():
+    import dataclasses
+
+    known = {
+        "launch": {"model", "revision", "cache_dir"},
+        "engine": {field.name for field in dataclasses.fields(EngineConfig)},
+        "server": {field.name for field in dataclasses.fields(ServerConfig)},
+    }
+    for flag in FLAGS:
+        holder, name = flag.target.split(".")
+        assert name in known[holder], flag.target
+    names = [name for flag in FLAGS for name in flag.names] + [*NO_EFFECT, *NOT_YET, *NOT_YET_SWITCHES]
+    assert len(names) == len(set(names))
+
+
+def test_the_seeds_command_line_is_understood():
+    line = "--model-path meta-llama/Meta-Llama-3.1-8B-Instruct --port 30000 --host 0.0.0.0 --log-level warning"
+    options = parse(line.split())
+    assert options.model == "meta-llama/Meta-Llama-3.1-8B-Instruct"
+    assert (options.server.host, options.server.port) == ("0.0.0.0", 30000)
+    assert options.server.log_level == options.engine["log_level"] == "warning"
+
+
+def test_sglangs_and_vllms_names_mean_the_same_with_dashes_or_underscores():
+    sglang = "--context-length 100 --mem-fraction-static 0.5 --max-running-requests 3 --chunked-prefill-size 64 --page-size 16"
+    vllm = (
+        "--max_model_len 100 --gpu_memory_utilization=0.5 --max-num-seqs 3 --max-num-batched-tokens 64 --block_size 16"
+    )
+    assert parse(sglang.split()).engine == parse(vllm.split()).engine
+    assert parse(sglang.split()).engine == {
+        "max_model_len": 100,
+        "mem_fraction": 0.5,
+        "max_running": 3,
+        "chunked_prefill_size": 64,
+        "page_size": 16,
+    }
+
+
+def test_switches_have_an_opposite():
+    assert parse(["--disable-radix-cache"]).engine == {"disable_radix_cache": True}
+    assert parse(["--no-enable-prefix-caching"]).engine == {"disable_radix_cache": True}
+    assert parse(["--enable-prefix-caching"]).engine == {"disable_radix_cache": False}
+    assert parse(["--no-enable-mixed-chunk"]).engine == {"mixed_chunk": False}
+    assert parse(["--no-enable-cache-report"]).server.enable_cache_report is False
+    with pytest.raises(FlagError, match="contradict"):
+        parse(["--enable-prefix-caching", "--disable-radix-cache"])
+
+
+def test_several_served_names(tmp_path):
+    assert parse(["--served-model-name", "a", "b", "--port", "1"]).server.served_model_names == ("a", "b")
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: org/name\nport: 4000\nmax_model_len: 128\nserved-model-name: [a, b]\ndisable_radix_cache: true\n"
+        "enable-cache-report: false\nlog_requests: true\napi-key:\n"
+    )
+    options = parse(["--config", str(path), "--port", "5000", "--enable-prefix-caching"])
+    assert (options.model, options.server.port) == ("org/name", 5000)
+    assert options.engine == {"max_model_len": 128, "disable_radix_cache": False}
+    assert options.server.served_model_names == ("a", "b") and options.server.log_requests
+    assert options.server.enable_cache_report is False and options.server.api_key is None
+
+
+@pytest.mark.parametrize("text", ["- a\n", "prot: 3\n", "port: x\n", "config: a\n", "a: [\n", "port: {a: 1}\n", "\tx"])
+def test_a_wrong_file_is_an_error_that_names_the_flag_or_the_file(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(FlagError):
+        parse(["--config", str(path)])
+    with pytest.raises(FlagError, match="No such file"):
+        parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--prot 3", "did you mean --port"),
+        ("--served-modell-name x", "--served-model-name"),
+        ("serve", "--model serve"),
+        ("--trust-remote-code", "never executes code"),
+        ("--tp-size 2", "only 1"),
+        ("--tensor_parallel_size=4", "only 1"),
+        ("--quantization fp8", "not supported yet"),
+        ("--is-embedding", "not supported yet"),
+        ("--port 70000", "70000"),
+        ("--port x", "--port"),
+        ("--dtype int4", "float32"),
+        ("--mem-fraction-static 1.5", "share"),
+        ("--max-model-len 0", "at least 1"),
+        ("--stream-interval 0", "at least 1"),
+        ("--model", "--model"),
+        ("--watchdog-timeout nan", "seconds"),
+    ],
+)
+def test_a_wrong_flag_says_what_to_change(line, words):
+    with pytest.raises(FlagError, match=words):
+        parse(line.split())
+
+
+def test_features_of_one_device_are_accepted_at_one():
+    line = "--tp-size 1 --dp-size=1 --nnodes 1 --node-rank 0 --kv-cache-dtype auto --cpu-offload-gb 0"
+    assert parse(line.split()).engine == {}
+
+
+def test_flags_without_effect_warn_once_each():
+    line = "--attention-backend flashinfer --disable-cuda-graph --enable-torch-compile --cuda-graph-bs 1 2 4"
+    warnings = parse(line.split()).warnings
+    assert len(warnings) == 4 and all("has no effect" in warning for warning in warnings)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['jaxserve', '--help']\n"
+        "from jaxserve.__main__ import main\n"
+        "try: main()\nexcept SystemExit as end: assert end.code == 0\n"
+        "heavy = {'jax', 'fastapi', 'transformers', 'tokenizers', 'uvicorn', 'numpy', 'flax'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--context-length" in done.stdout and "--trust-remote-code" not in done.stdout
+    assert time.monotonic() - started < 5  # 0.2 s on an idle machine; the imports above are the real test
+
+
+def test_a_user_error_exits_with_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxserve", "--prot", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stderr.startswith("jaxserve: error: ") and done.stdout == ""
