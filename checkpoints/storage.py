@@ -68,8 +68,8 @@ def require_space(path: str, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
-            f"writing {path} takes {megabytes(num_bytes)}; {megabytes(free)} are free on that disk: free some or choose "
-            "another place (--cache-dir)"
+            f"writing {path} takes {megabytes(num_bytes)}; {megabytes(free)} are free on that disk: free some or "
+            "choose another place (--cache-dir)"
         )
 
 

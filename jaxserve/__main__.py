@@ -1,4 +1,7 @@
-"""`python -m jaxserve [flags]` and the console script `jaxserve`: serve a model. Imports nothing heavy before the flags are read."""
+"""`python -m jaxserve [flags]` and the console script `jaxserve`: serve a model.
+
+Imports nothing heavy before the flags are read.
+"""
 
 import sys
 

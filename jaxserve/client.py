@@ -1,4 +1,5 @@
-"""EngineClient: the asyncio door to the engine process. One pipe, one reader thread, one writer thread, one queue per request.
+"""EngineClient: the asyncio door to the engine process. One pipe, one reader thread, one writer thread, one queue per
+request.
 
 EngineUnavailable    the engine is starting, failed or gone      (HTTP 503)
 EngineOverloaded     too many requests are open already          (HTTP 503 with Retry-After)
@@ -56,8 +57,8 @@ class TokenEvent(NamedTuple):
 class RequestStream:
     """What the engine answers to one request: an async iterator of the events that arrived since the last read.
 
-    It ends after the event that carries a finish_reason, or after abort(); it raises EngineUnavailable when the engine dies.
-    Whoever stops reading early must call abort() (try/finally).
+    It ends after the event that carries a finish_reason, or after abort(); it raises EngineUnavailable when the engine
+    dies. Whoever stops reading early must call abort() (try/finally).
     """
 
     __slots__ = ("_client", "_ended", "_error", "_events", "_wake", "first_token_at", "id", "submitted_at")
@@ -78,7 +79,10 @@ class RequestStream:
         return self._ended and not self._events and self._error is None
 
     def take(self) -> list[TokenEvent]:
-        """The events that arrived since the last read, without waiting. Raises EngineUnavailable when the engine died."""
+        """The events that arrived since the last read, without waiting.
+
+        Raises EngineUnavailable when the engine died.
+        """
         events, self._events = self._events, []
         if self._error is not None:
             if not events:
@@ -87,7 +91,10 @@ class RequestStream:
         return events
 
     def abort(self) -> None:
-        """End this request in the engine; nothing more will be read from it. May be called at any time, any number of times."""
+        """End this request in the engine; nothing more will be read from it.
+
+        May be called at any time, any number of times.
+        """
         self._client._abort(self)
 
     def __aiter__(self) -> "RequestStream":
@@ -118,7 +125,10 @@ class RequestStream:
 
 
 async def merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[TokenEvent]]]:
-    """Yield (index, events) of several streams as they arrive; ends when all have ended. The streams belong to this reader."""
+    """Yield (index, events) of several streams as they arrive; ends when all have ended.
+
+    The streams belong to this reader.
+    """
     wake = asyncio.Event()
     for stream in streams:
         stream._wake = wake
@@ -135,7 +145,10 @@ async def merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, li
 
 
 class EngineClient:
-    """Sends requests to the engine and hands its events to the streams. Used from one event loop, the one start() ran in."""
+    """Sends requests to the engine and hands its events to the streams.
+
+    Used from one event loop, the one start() ran in.
+    """
 
     def __init__(self, connection: Connection, *, max_open_requests: int | None = None) -> None:
         self.progress: Progress | None = None
@@ -212,7 +225,10 @@ class EngineClient:
         self._outbox.put(FlushCache())
 
     async def close(self, timeout: float = 5.0) -> None:
-        """Send Stop, wait up to timeout seconds for the engine to hang up, close the pipe. Open streams raise EngineUnavailable."""
+        """Send Stop, wait up to timeout seconds for the engine to hang up, close the pipe.
+
+        Open streams raise EngineUnavailable.
+        """
         if self._closing:
             return
         self._closing = True
@@ -238,7 +254,8 @@ class EngineClient:
         if self.progress is None:
             return "the engine is starting; try again when /health answers 200"
         progress = self.progress
-        return f"the engine is starting ({progress.stage} {progress.done}/{progress.total}); try again when /health answers 200"
+        at = f"{progress.stage} {progress.done}/{progress.total}"
+        return f"the engine is starting ({at}); try again when /health answers 200"
 
     def _abort(self, stream: RequestStream) -> None:
         if self._streams.pop(stream.id, None) is not None:
@@ -320,7 +337,8 @@ class EngineClient:
 
 
 def shut_down(connection: Connection) -> None:
-    """End a pipe in both directions and wake the threads that wait in recv or send, on both sides; close() would not."""
+    """End a pipe in both directions and wake the threads that wait in recv or send, on both sides; close() would
+    not."""
     try:
         with socket.socket(fileno=os.dup(connection.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)

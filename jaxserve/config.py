@@ -20,7 +20,10 @@ def default_cache_dir(environ: Mapping[str, str], home: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Rotary frequency scaling. kind "llama3" is Llama 3.1's smooth low/high split; "linear" divides positions by factor."""
+    """Rotary frequency scaling.
+
+    kind "llama3" is Llama 3.1's smooth low/high split; "linear" divides positions by factor.
+    """
 
     kind: Literal["llama3", "linear"]
     factor: float
@@ -31,7 +34,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-type decoder. Letters as in docs/design.md: L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab."""
+    """A Llama-type decoder.
+
+    Letters as in docs/design.md: L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab.
+    """
 
     num_layers: int
     embed_dim: int

@@ -238,7 +238,8 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _default(flag: Flag) -> Any:
+def default_of(flag: Flag) -> Any:
+    """What the configuration holds when the flag is not given; None: chosen from model and device."""
     holder, name = flag.target.split(".")
     if holder == "launch":
         return {"model": DEFAULT_MODEL}.get(name)
@@ -248,7 +249,7 @@ def _default(flag: Flag) -> Any:
 
 
 def _help(flag: Flag) -> str:
-    default = _default(flag)
+    default = default_of(flag)
     shown = "" if flag.parse is bool or default in (None, ()) else f" (default: {default})"
     return (flag.help + shown).replace("%", "%%")
 

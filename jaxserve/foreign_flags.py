@@ -79,6 +79,6 @@ NOT_YET_SWITCHES: dict[str, str] = {
     "--enable-nan-detection": "logits are not checked",
 }
 REMOTE_CODE = (
-    "--trust-remote-code is refused: this server runs its own implementation of each model and never executes code that "
-    "comes with a checkpoint. Leave the flag out."
+    "--trust-remote-code is refused: this server runs its own implementation of each model and never executes code "
+    "that comes with a checkpoint. Leave the flag out."
 )

@@ -26,9 +26,9 @@ from checkpoints.hub import HubError, ResolvedModel, resolve_model
 from jaxserve.api.app import create_app
 from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient, EngineUnavailable
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir
 from jaxserve.flags import Options
-from jaxserve.progress import StageReporter
+from jaxserve.progress import CLEAR_LINE, StageReporter
 from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineFailed, Progress, Ready
@@ -45,7 +45,10 @@ SIGNAL_PAUSE = 0.5  # seconds within which signals are one: timeout(1) and proce
 
 
 def launch(options: Options, engine: EngineEntry | None = None) -> int:
-    """Serves until a signal or a failure; the process's exit code. engine: what the child runs (tests bring their own)."""
+    """Serves until a signal or a failure; the process's exit code.
+
+    engine: what the child runs (tests bring their own).
+    """
     config = _with_environment(options, os.environ)
     configure_logging(config)
     for warning in options.warnings:
@@ -58,17 +61,12 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
         )
         return 2
     config = replace(config, port=listener.getsockname()[1])
-    cache_dir = options.cache_dir or default_cache_dir(os.environ)
+    cache_dir = options.cache_dir or default_cache_dir(os.environ, os.path.expanduser("~"))
     loop_factory = uvicorn.Config(app="", loop="auto", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         options = replace(options, cache_dir=cache_dir, server=config)
         front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), listener, engine or _run_engine)
         return runner.run(front_end.run())
-
-
-def default_cache_dir(environ: Mapping[str, str]) -> str:
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return environ.get("JAXSERVE_CACHE_DIR") or os.path.join(base, "jaxserve")
 
 
 def _with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
@@ -96,14 +94,15 @@ def bind(host: str, port: int) -> socket.socket:
 def configure_logging(config: ServerConfig) -> None:
     """Lines like `[2024-10-27 23:44:03] INFO:     127.0.0.1:33852 - "GET / HTTP/1.1" 200 OK`, all to stderr."""
     level = config.log_level.upper()
-    access = '[%(asctime)s] %(levelprefix)s %(client_addr)s - "%(request_line)s" %(status_code)s'
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
+    access = clear + '[%(asctime)s] %(levelprefix)s %(client_addr)s - "%(request_line)s" %(status_code)s'
     times = "%Y-%m-%d %H:%M:%S"
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {
-                "plain": {"()": "jaxserve.launch.LogFormatter", "datefmt": times},
+                "plain": {"()": "jaxserve.launch.LogFormatter", "datefmt": times, "clear": clear},
                 "access": {
                     "()": "uvicorn.logging.AccessFormatter",
                     "fmt": access,
@@ -131,11 +130,11 @@ def configure_logging(config: ServerConfig) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """`[time] message`, with the level's name from WARNING on."""
+    """`[time] message`, with the level's name from WARNING on; clear is written before it."""
 
-    def __init__(self, datefmt: str) -> None:
-        super().__init__("[%(asctime)s] %(message)s", datefmt)
-        self.loud = logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", datefmt)
+    def __init__(self, datefmt: str, clear: str = "") -> None:
+        super().__init__(clear + "[%(asctime)s] %(message)s", datefmt)
+        self.loud = logging.Formatter(clear + "[%(asctime)s] %(levelname)s: %(message)s", datefmt)
 
     def format(self, record: logging.LogRecord) -> str:
         return self.loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
@@ -295,6 +294,7 @@ class FrontEnd:
                     return
                 reporter.show(stage["stage"], stage["done"], stage["total"], stage["message"])
                 await asyncio.sleep(POLL_SECONDS)
+            reporter.finish(complete=True)
         finally:
             reporter.finish()
 
@@ -385,7 +385,7 @@ def _in_thread(function: Callable[[], T]) -> "Coroutine[Any, Any, T]":
         value, failure = None, None
         try:
             value = function()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever awaits
+        except BaseException as error:
             failure = error
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, value, failure)

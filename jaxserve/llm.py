@@ -83,9 +83,9 @@ class _Job:
 class LLM:
     """`LLM().chat([{"role": "user", "content": "Hello"}]).text`; close() it, or use it in a with statement.
 
-    Sampling keywords of generate, chat and stream: n, stop (a string or several), include_stop, skip_special_tokens, and
-    those of text.params.SamplingRequest (max_tokens, temperature, top_p, seed, num_logprobs ...). Calls from several
-    threads are batched together.
+    Sampling keywords of generate, chat and stream: n, stop (a string or several), include_stop, skip_special_tokens,
+    and those of text.params.SamplingRequest (max_tokens, temperature, top_p, seed, num_logprobs ...). Calls from
+    several threads are batched together.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class LLM:
     ) -> None:
         """model: a folder, a hub name, a .gguf file or a converted checkpoint; engine: options by EngineConfig's names.
 
-        Returns when everything is compiled. Raises HubError, ConfigError, TokenizerError, or EngineUnavailable for a bug.
+        Returns when everything is compiled. Raises HubError, ConfigError, TokenizerError, or EngineUnavailable for a
+        bug.
         """
         _check_names("engine option", engine, _ENGINE_OPTIONS)
         cache_dir = cache_dir or default_cache_dir(os.environ, os.path.expanduser("~"))
@@ -163,8 +164,8 @@ class LLM:
     ) -> Any:
         """Answer a conversation, or several at once; a string is one message of the user.
 
-        Raises TemplateError or ParameterError (ValueErrors). add_generation_prompt: by default, unless the final message
-        is continued.
+        Raises TemplateError or ParameterError (ValueErrors). add_generation_prompt: by default, unless the final
+        message is continued.
         """
         one = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         if add_generation_prompt is None:
@@ -180,7 +181,10 @@ class LLM:
         return done[0] if one else done
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any) -> Iterator[str]:
-        """Pieces of text as they come: of a prompt (text or ids), or of the answer to messages. Leaving early aborts it."""
+        """Pieces of text as they come: of a prompt (text or ids), or of the answer to messages.
+
+        Leaving early aborts it.
+        """
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
             ids = self._render(cast(Sequence[Message], prompt))
         else:
@@ -300,7 +304,7 @@ class _Background:
                     raise ConfigError(failure.message) from None
                 raise
         if reporter is not None:
-            reporter.finish()
+            reporter.finish(complete=True)
         return ready
 
     def stream(self, tokenizer: Tokenizer, job: _Job) -> Iterator[str]:

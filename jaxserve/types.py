@@ -85,7 +85,8 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """Engine -> front end, one message a step: columns of equal length, one entry per token (or per end without a token)."""
+    """Engine -> front end, one message a step: columns of equal length, one entry per token (or per end without a
+    token)."""
 
     request_ids: tuple[int, ...]
     token_ids: tuple[int | None, ...]  # None only where an "abort" ends a request without a token

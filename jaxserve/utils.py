@@ -15,7 +15,8 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a loca
 
 
 def launch_server(command: str) -> "subprocess.Popen[str]":
-    """Runs a shell-like command, as in "python -m jaxserve --port 30000", without a shell; its output goes where ours goes.
+    """Runs a shell-like command, as in "python -m jaxserve --port 30000", without a shell; its output goes where ours
+    goes.
 
     `python` means the interpreter that runs this. Line ends may be escaped by a backslash, as in a shell.
     """
@@ -30,7 +31,10 @@ def launch_server(command: str) -> "subprocess.Popen[str]":
 def launch_server_cmd(
     command: str, host: str | None = None, port: int | None = None
 ) -> "tuple[subprocess.Popen[str], int]":
-    """launch_server with --host and --port added where given; a free port where the command names none. -> process, port."""
+    """launch_server with --host and --port added where given; a free port where the command names none.
+
+    -> process, port.
+    """
     named = _named_port(shlex.split(command.replace("\\\n", " ")))
     if port is None:
         port = named if named is not None else _free_port()
@@ -64,7 +68,8 @@ def wait_for_server(
 ) -> None:
     """Returns once GET {base_url}/v1/models answers 200, which is when everything is compiled.
 
-    Raises TimeoutError after `timeout` seconds (with the stage the server is at), RuntimeError when `process` ends first.
+    Raises TimeoutError after `timeout` seconds (with the stage the server is at), RuntimeError when `process` ends
+    first.
     """
     started = time.monotonic()
     headers = {"Authorization": f"Bearer {api_key}"}

@@ -1,4 +1,7 @@
-"""Attention as the definition reads: gather every position of every row, softmax, sum. Slow, and the oracle of all others."""
+"""Attention as the definition reads: gather every position of every row, softmax, sum.
+
+Slow, and the oracle of all others.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,8 @@ def write(
 def attend(
     q: jax.Array, cache: KVCache, layer: int | jax.Array, page_table: jax.Array, positions: jax.Array, num_kv_heads: int
 ) -> jax.Array:
-    """q [N, H, D], page_table [N, M], positions [N] -> [N, H, D]: token n sees positions 0 .. positions[n] of its own pages.
+    """q [N, H, D], page_table [N, M], positions [N] -> [N, H, D]: token n sees positions 0 .. positions[n] of its own
+    pages.
 
     A position below 0 marks padding and gives zeros. Scores and sums are float32.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.cache import LANES, KVCache, pack, unpack
+from kernels_pallas.cache import LANES, KVCache, pack, shares_lanes
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -111,57 +111,90 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
     )
 
 
-def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan) -> jax.Array:
-    """q [S, H, D] against the rows' pages -> [S, H, D]."""
+def _decode(
+    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan
+) -> jax.Array:
+    """q [S, H, D] against the rows' pages -> [S, H, D].
+
+    Where K and V share lanes the products run over all of them, q padded with zeros and the upper half of the result
+    kept: twice the arithmetic, half the time, since the halves need no copies of their own.
+    """
     num_rows, num_heads, head_dim = q.shape
-    _, num_pages, page_rows, page_size, _ = pages.shape
+    page_size = pages.shape[3]
     per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
     block = per_block * page_size
-    flat = pages.reshape(-1, page_rows * page_size * LANES)  # whole pages gather at memory speed, elements do not
-    grouped = _scaled(q, num_kv_heads)
+    shared = shares_lanes(head_dim)
+    grouped = _padded(_scaled(q, num_kv_heads), LANES if shared else -(-head_dim // LANES) * LANES)  # [S, K, G, W]
 
     def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        ids = lax.dynamic_slice_in_dim(plan.page_table, b * per_block, per_block, axis=1) + layer * num_pages
-        kv = flat[ids].reshape(num_rows, per_block, page_rows, page_size, LANES)
-        keys, values = unpack(kv, num_kv_heads, head_dim)  # [S, n, K, page_size, D]
-        scores = jnp.einsum("skgd,snktd->skgnt", grouped, keys, preferred_element_type=jnp.float32)
-        position = (b * block + jnp.arange(block)).reshape(per_block, page_size)
-        visible = position < plan.kv_lens[:, None, None]  # [S, n, page_size]
-        values = jnp.where(visible[:, :, None, :, None], values, 0)
+        ids = lax.dynamic_slice_in_dim(plan.page_table, b * per_block, per_block, axis=1)
+        visible = b * block + jnp.arange(block) < plan.kv_lens[:, None]  # [S, n]
+        keys, values = (
+            jnp.where(visible[:, None, :, None], kv, 0)  # free inside the gather; an unwritten page may hold NaN
+            for kv in _gather(pages, layer, ids, num_kv_heads, shared)
+        )
+        scores = jnp.einsum("skgd,sknd->skgn", grouped, keys, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
-        return _accumulate(carry, scores, values, "skgnt,snktd->skgd", axes=(3, 4))
+        return _accumulate(carry, scores, values, "skgn,sknd->skgd")
 
-    out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start((*grouped.shape[:3], head_dim))))
+    out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start(grouped.shape)))
+    out = out[..., LANES // 2 : LANES // 2 + head_dim] if shared else out[..., :head_dim]
     return out.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan) -> jax.Array:
+def _prefill(
+    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan
+) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].
 
     All tokens meet all pages of the list, and a mask keeps rows apart: the list is short where rows are many.
     """
     num_tokens, num_heads, head_dim = q.shape
-    _, num_pages, page_rows, page_size, _ = pages.shape
+    page_size = pages.shape[3]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
-    flat = pages.reshape(-1, page_rows * page_size * LANES)
     grouped = jnp.moveaxis(_scaled(q, num_kv_heads), 0, 2)  # [K, G, T, D]
 
     def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def take(x: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, b * per_block, per_block)
 
-        kv = flat[take(plan.pages) + layer * num_pages].reshape(per_block, page_rows, page_size, LANES)
-        kv = jnp.swapaxes(kv, 0, 1).reshape(page_rows, per_block * page_size, LANES)
-        keys, values = unpack(kv, num_kv_heads, head_dim)  # [K, n, D]
         row = jnp.repeat(take(plan.page_rows), page_size)
         position = (take(plan.page_positions)[:, None] + jnp.arange(page_size)).reshape(-1)
         visible = (row == plan.token_rows[:, None]) & (position <= plan.positions[:, None])  # [T, n]
+        keys, values = (
+            kv[0] for kv in _gather(pages, layer, take(plan.pages)[None], num_kv_heads, shares_lanes(head_dim))
+        )
+        if shares_lanes(head_dim):
+            keys, values = keys[..., :head_dim], values[..., LANES // 2 : LANES // 2 + head_dim]
+        else:
+            keys, values = keys[..., :head_dim], values[..., :head_dim]
         values = jnp.where(jnp.any(visible, axis=0)[:, None], values, 0)
         scores = jnp.einsum("kgtd,knd->kgtn", grouped, keys, preferred_element_type=jnp.float32)
-        return _accumulate(carry, jnp.where(visible, scores, _MASKED), values, "kgtn,knd->kgtd", axes=(3,))
+        return _accumulate(carry, jnp.where(visible, scores, _MASKED), values, "kgtn,knd->kgtd")
 
     out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start((*grouped.shape[:3], head_dim))))
     return jnp.moveaxis(out, 2, 0).reshape(num_tokens, num_heads, head_dim).astype(q.dtype)
+
+
+def _gather(
+    pages: jax.Array, layer: int | jax.Array, ids: jax.Array, num_kv_heads: int, shared: bool
+) -> tuple[jax.Array, jax.Array]:
+    """ids [S, n] of pages -> keys, values [S, K, n * page_size, W], rows of 128 lanes side by side; where K and V share
+    lanes both are the same array. Whole rows of a page, in the order wanted: they move at memory speed."""
+    num_layers, num_pages, page_rows, page_size, lanes = pages.shape
+    flat = pages.reshape(num_layers * num_pages * page_rows, page_size * lanes)
+    first = ((ids + layer * num_pages) * page_rows)[:, None, :, None]  # [S, 1, n, 1]
+    per_head = page_rows // num_kv_heads if shared else page_rows // (2 * num_kv_heads)
+    step = per_head if shared else 2 * per_head
+    head = (jnp.arange(num_kv_heads) * step)[None, :, None, None]
+
+    def take(offset: int) -> jax.Array:
+        index = first + head + offset + jnp.arange(per_head)  # [S, K, n, c]
+        rows = flat[index].reshape(*index.shape, page_size, lanes)
+        return jnp.moveaxis(rows, 3, 4).reshape(*index.shape[:2], index.shape[2] * page_size, per_head * lanes)
+
+    keys = take(0)
+    return keys, keys if shared else take(per_head)
 
 
 def _scaled(q: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -175,20 +208,24 @@ def _start(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _accumulate(
-    carry: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array, equation: str, axes: tuple[int, ...]
+    carry: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array, equation: str
 ) -> tuple[jax.Array, ...]:
+    """One block of an online softmax: scores [..., n], values as the equation says."""
     maximum, total, out = carry
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=axes))
-    weights = jnp.exp(scores - jnp.expand_dims(new_maximum, axes))
+    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_maximum[..., None])
     shrink = jnp.exp(maximum - new_maximum)
-    total = total * shrink + jnp.sum(weights, axis=axes)
     weighted = jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new_maximum, total, out * shrink[..., None] + weighted
+    return new_maximum, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + weighted
 
 
 def _normalise(carry: tuple[jax.Array, ...]) -> jax.Array:
     _, total, out = carry
     return out / jnp.maximum(total, 1e-30)[..., None]
+
+
+def _padded(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def _pad_to(x: jax.Array, multiple: int, axis: int) -> jax.Array:

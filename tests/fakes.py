@@ -1,4 +1,5 @@
-"""Stand-ins without jax: an engine that answers from a script, and tiny tokenizers of the two kinds that Llamas have."""
+"""Stand-ins without jax: an engine that answers from a script, and tiny tokenizers of the two kinds that Llamas
+have."""
 
 import json
 import threading
@@ -209,7 +210,10 @@ def write_byte_level(folder: Path, *, bos: bool = False) -> str:
 
 
 def write_sentencepiece(folder: Path) -> str:
-    """A tokenizer of Llama 2's kind: visible spaces, bytes as fallback, a space before the first word. -> the folder as str."""
+    """A tokenizer of Llama 2's kind: visible spaces, bytes as fallback, a space before the first word.
+
+    -> the folder as str.
+    """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlorw.,", "é"]
     vocab = {token: index for index, token in enumerate(pieces)}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "w"), ("▁", "▁"), ("▁w", "o")]

@@ -1,4 +1,5 @@
-"""`python scripted_server.py [flags]`: the real launcher with a ScriptedEngine in the child process, for test_api_launch."""
+"""`python scripted_server.py [flags]`: the real launcher with a ScriptedEngine in the child process, for
+test_api_launch."""
 
 import os
 import sys

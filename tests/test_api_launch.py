@@ -13,7 +13,8 @@ from typing import Self
 
 import pytest
 
-from jaxserve.progress import StageReporter, describe
+from jaxserve.launch import LogFormatter
+from jaxserve.progress import CLEAR_LINE, StageReporter, describe
 from jaxserve.utils import _free_port, launch_server, launch_server_cmd, terminate_process, wait_for_server
 from tests.fakes import write_byte_level
 
@@ -206,3 +207,36 @@ def test_progress_is_one_line_a_stage_off_a_terminal():
     assert out.getvalue().splitlines()[0].startswith("compiled 3/3") and out.getvalue().count("\n") == 2
     assert describe("compile", 6, 18, "", 12.0) == "compiled 6/18, 24 s left"
     assert describe("download", 45_200_000, 93_100_000, "wheel", 1.0) == "fetched 45.2/93.1 MB, 1 s left: wheel"
+
+
+def test_stages_that_take_turns_are_one_line_each_and_counts_are_said_once():
+    import io
+
+    out = io.StringIO()
+    reporter = StageReporter(out, clock=iter(range(100)).__next__)
+    for done in range(1, 9):
+        reporter.show("compile", done, 8, f"compiled {done}/8, {8 - done} s left")
+        reporter.show("load", done << 21, 9 << 21, f"{done} of 9 tensors read")
+    reporter.show("warmup", 1, 2, "ran 1/2")
+    reporter.finish(complete=True)
+    lines = [line.rpartition(",")[0] for line in out.getvalue().splitlines()]
+    assert lines == ["loaded 18.9/18.9 MB", "compiled 8/8", "warmed up 2/2"]
+    assert describe("compile", 8, 8, "compiled 8/8, 0 s left", 1.0) == "compiled 8/8, 0 s left"
+
+
+def test_a_log_line_on_a_terminal_takes_the_place_of_the_progress_line():
+    import io
+    import logging
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    StageReporter(out).show("compile", 1, 8, "x" * 500)
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(LogFormatter("%H", CLEAR_LINE))
+    handler.emit(logging.LogRecord("jaxserve", logging.INFO, "", 0, "hello", (), None))
+    shown, logged = out.getvalue().split(CLEAR_LINE)[1:]
+    assert len(shown) < 500 and "\n" not in shown
+    assert logged.endswith("hello\n")

@@ -28,7 +28,10 @@ def test_the_final_message_is_continued_without_its_end():
 
 
 def test_text_parts_null_content_and_json_arguments_become_what_templates_expect():
-    source = "{% for m in messages %}{{ m.content }}|{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    source = (
+        "{% for m in messages %}{{ m.content }}|"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    )
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 3}'}}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},

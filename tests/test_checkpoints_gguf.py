@@ -110,7 +110,7 @@ def test_the_written_files_describe_the_same_model(tiny, tmp_path):
     assert np.abs(difference).max() == 0
 
 
-@pytest.mark.parametrize("factor, context, head_dim", [(8.0, 8192, 128), (32.0, 8192, 64), (4.0, 4096, 64)])
+@pytest.mark.parametrize(("factor", "context", "head_dim"), [(8.0, 8192, 128), (32.0, 8192, 64), (4.0, 4096, 64)])
 def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path, factor, context, head_dim):
     scaling = tiny_llama.LLAMA3_SCALING | {"factor": factor, "original_max_position_embeddings": context}
     folder = tiny_llama.write_tiny_llama(

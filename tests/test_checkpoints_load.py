@@ -225,7 +225,7 @@ def test_two_conversions_at_once_write_once(tiny, tmp_path):
     def work():
         try:
             convert(SafetensorsSource(tiny), dst, extra_files=tiny, progress=lambda *step: lines.append(step[2]))
-        except BaseException as error:  # noqa: BLE001 - reported below
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(3)]

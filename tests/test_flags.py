@@ -41,7 +41,10 @@ def test_the_seeds_command_line_is_understood():
 
 
 def test_sglangs_and_vllms_names_mean_the_same_with_dashes_or_underscores():
-    sglang = "--context-length 100 --mem-fraction-static 0.5 --max-running-requests 3 --chunked-prefill-size 64 --page-size 16"
+    sglang = (
+        "--context-length 100 --mem-fraction-static 0.5 --max-running-requests 3 --chunked-prefill-size 64 "
+        "--page-size 16"
+    )
     vllm = (
         "--max_model_len 100 --gpu_memory_utilization=0.5 --max-num-seqs 3 --max-num-batched-tokens 64 --block_size 16"
     )

@@ -281,7 +281,8 @@ def test_pips_settings_are_read_as_pip_reads_them(tmp_path):
         "[global]\nindex-url = https://site.example/simple\ntimeout = 60\ncert = /site.pem\n"
     )
     (home / ".config" / "pip" / "pip.conf").write_text(
-        "[global]\nextra_index_url =\n    https://one.example/simple\n    file:///two/simple\n[install]\n--find-links = /a /b\n"
+        "[global]\nextra_index_url =\n    https://one.example/simple\n    file:///two/simple\n"
+        "[install]\n--find-links = /a /b\n"
     )
     environ = {
         "HOME": str(home),

@@ -231,7 +231,7 @@ def test_extreme_rows_stay_finite_and_in_range():
         logits = jnp.asarray(np.stack([flat, banned, single, huge, infinite, -flat]))
         _, sampled = step(logits, rows_of([row] * N), state)
         tokens = np.asarray(sampled.token_ids)
-        assert ((0 <= tokens) & (tokens < V)).all()
+        assert ((tokens >= 0) & (tokens < V)).all()
         assert tokens[2] == 417
         assert tokens[4] == 5
         assert np.isfinite(np.asarray(sampled.logprobs)[[0, 2, 5]]).all()

@@ -1,5 +1,6 @@
-"""The scheduler against a device that keeps token ids in its pages: any wrong page, slot or length is a wrong answer."""
+"""The scheduler against a device that keeps token ids in its pages: a wrong page, slot or length is a wrong answer."""
 
+import os
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
 from jaxserve.types import Request, StepEvents
 
 PAGE = 4
+FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all; make test runs a tenth
 
 
 def make_config(**changed) -> SchedulerConfig:
@@ -197,7 +199,7 @@ def serve_random(seed: int, count: int = 20, depth: int | None = None) -> Server
 def test_random_workloads_answer_right_and_every_mechanism_really_happens():
     """Thousands of requests; seeds are 0 .. n - 1, so a failure names its own."""
     seen: Counter[str] = Counter()
-    for seed in range(100):
+    for seed in range(1000 if FULL else 100):
         try:
             server = serve_random(seed)
         except Exception as error:
@@ -223,7 +225,7 @@ def test_random_workloads_answer_right_and_every_mechanism_really_happens():
     assert seen["requests"] > 2000
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=250 if FULL else 25, deadline=None)
 @given(st.integers(10_000, 10**9), st.integers(1, 30), st.integers(0, 2))
 def test_hypothesis_workloads_answer_right(seed: int, count: int, depth: int):
     serve_random(seed, count, depth)
@@ -403,7 +405,7 @@ def test_lpm_starves_nobody():
         server.run()
         server.add(*(Request(i, prompt(20), params()) for i in range(200, 204)), Request(1, prompt(24, 9), params()))
         for i in range(2, 150):
-            server.add(Request(i, prompt(20) + (i % VOCAB,), params(max_tokens=4)))
+            server.add(Request(i, (*prompt(20), i % VOCAB), params(max_tokens=4)))
             server.turn()
         server.finish()
         ends[patience] = list(server.reasons).index(1)

@@ -46,7 +46,10 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
 
 
 def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None = None) -> FastAPI:
-    """The application around one engine. app.state.serving is the Serving that launch completes while the server starts."""
+    """The application around one engine.
+
+    app.state.serving is the Serving that launch completes while the server starts.
+    """
     name = config.served_model_names[0] if config.served_model_names else config.model_path
     serving = Serving(client, config, Metrics(client, name), tokenizer)
     app = FastAPI(title="jaxserve", version=__version__, redirect_slashes=False)

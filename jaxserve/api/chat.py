@@ -62,7 +62,10 @@ def _num_logprobs(request: ChatRequest) -> int | None:
 
 
 def render(serving: Serving, request: ChatRequest) -> str:
-    """messages -> the prompt, through the model's chat template. Raises APIError 400 with the template's own message."""
+    """messages -> the prompt, through the model's chat template.
+
+    Raises APIError 400 with the template's own message.
+    """
     tokenizer, _ = serving.require_ready()
     messages = plain_messages(request.messages)
     proceed = bool(request.continue_final_message)

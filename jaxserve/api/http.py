@@ -1,4 +1,7 @@
-"""Bytes in, bytes out: JSON bodies, server-sent events, and what happens when the client leaves. No words of OpenAI's."""
+"""Bytes in, bytes out: JSON bodies, server-sent events, and what happens when the client leaves.
+
+No words of OpenAI's.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
@@ -83,7 +86,8 @@ async def _cancel(task: "asyncio.Future[Any]") -> None:
 class EventStream(Response):
     """Sends events as they come; closes their source (which aborts the generation) when the client leaves.
 
-    Unlike Starlette's StreamingResponse it closes the generator also when the client leaves while a chunk is being sent.
+    Unlike Starlette's StreamingResponse it closes the generator also when the client leaves while a chunk is being
+    sent.
     """
 
     media_type = "text/event-stream"

@@ -1,4 +1,7 @@
-"""Routes about the server itself: health, models, configuration, tokens, the prefix cache. SGLang's and vLLM's names."""
+"""Routes about the server itself: health, models, configuration, tokens, the prefix cache.
+
+SGLang's and vLLM's names.
+"""
 
 import asyncio
 from dataclasses import asdict

@@ -1,4 +1,5 @@
-"""What every route needs: the engine's client, the tokenizer once it is loaded, and whether the server can answer yet."""
+"""What every route needs: the engine's client, the tokenizer once it is loaded, and whether the server can answer
+yet."""
 
 import random
 import time
@@ -16,7 +17,10 @@ from jaxserve.types import Progress, Ready
 
 @dataclass
 class Serving:
-    """The front end's state. launch fills in tokenizer and progress while the server starts, and stopping when it ends."""
+    """The front end's state.
+
+    launch fills in tokenizer and progress while the server starts, and stopping when it ends.
+    """
 
     client: EngineClient
     config: ServerConfig

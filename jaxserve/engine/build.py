@@ -17,6 +17,7 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sizing import DeviceFacts, Sizes, resolve
 from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
+from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
 from kernels_pallas.attention import choose
 
@@ -51,6 +52,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
     structure, description = describe(model, dtype, mesh, platform)
     shape = StepShape(
         config=model,
+        layout=Layout.of(platform),
         structure=structure,
         attention=choose(platform),
         page_size=sizes.scheduler.page_size,
@@ -58,7 +60,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
     )
     runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(load_params, config, description, report)
+        loading = pool.submit(load_params, config, model, description, report)
         runner.compile(jax.tree.map(Parameter.abstract, description), _compile_progress(report))
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))

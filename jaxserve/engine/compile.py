@@ -180,8 +180,9 @@ class _Builder:
         )
         rows = hidden
         if bucket.num_prefill:
-            self.add(("pick", bucket), lambda: self._lower(pick, hidden, shared))
-            rows = self._abstract(jax.eval_shape(pick, hidden, shared))
+            picked = functools.partial(pick, shape=t.shape)
+            self.add(("pick", bucket), lambda: self._lower(picked, hidden, shared))
+            rows = self._abstract(jax.eval_shape(picked, hidden, shared))
         finish = functools.partial(finish_step, shape=t.shape)
         arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
         self.add(("finish", bucket.num_rows), lambda: self._lower(finish, *arguments, donate=(3, 4)))

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.progress import CLEAR_LINE
 from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ def _die_with_parent() -> None:
 
 
 def _configure_logging(level: str) -> None:
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
     logging.basicConfig(
-        level=logging.WARNING, format="[%(asctime)s TP0] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True
+        level=logging.WARNING, format=clear + "[%(asctime)s TP0] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True
     )
     for name in ("jaxserve", "checkpoints"):
         logging.getLogger(name).setLevel(level.upper())

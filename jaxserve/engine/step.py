@@ -1,6 +1,7 @@
-"""The compiled functions: step() and admit(). Pure; the state is donated in and returned out.
+"""The step, whole and in the parts that it is compiled in on the CPU. Pure; the state is donated in and returned out.
 
-Letters: S decode rows, T prefill tokens, R chunks, V vocab (scheduling.plan names the arrays).
+Letters: S decode rows, T prefill tokens, R chunks, E embed, V vocab (scheduling.plan names the arrays). Where hidden is
+[tokens, E] below, it is [E, tokens] in a feature-major layout (model.llama.Layout).
 """
 
 import functools
@@ -14,7 +15,7 @@ from jax import lax
 
 from jaxserve.config import ModelConfig
 from jaxserve.model import sampling
-from jaxserve.model.llama import Block, rope_table
+from jaxserve.model.llama import Block, Layout, rope_table
 from jaxserve.model.sharding import Params, Structure, merge
 from jaxserve.scheduling import plan as plans
 from jaxserve.scheduling.plan import Bucket, PlanArrays
@@ -50,6 +51,7 @@ class StepShape:
     """What a step is compiled for, besides the arrays' shapes."""
 
     config: ModelConfig
+    layout: Layout
     structure: Structure
     attention: Attention
     page_size: int
@@ -73,8 +75,9 @@ def step(
     """params, state, vector [packed plan] int32 -> the next state and the tokens sampled."""
     hidden, shared = begin(params.embed, state.last_token, vector, shape=shape, bucket=bucket)
     hidden, cache = run_layers(params.layers, hidden, state.cache, jnp.int32(0), shared, shape=shape)
+    hidden = pick(hidden, shared, shape=shape)
     last_token, sampling_state, output = finish(
-        params.embed, params.head, pick(hidden, shared), state.last_token, state.sampling, shared.rows, shape=shape
+        params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows, shape=shape
     )
     return DeviceState(cache, last_token, sampling_state), output
 
@@ -114,9 +117,9 @@ def run_layers(
     return hidden, cache
 
 
-def pick(hidden: jax.Array, shared: Shared) -> jax.Array:
+def pick(hidden: jax.Array, shared: Shared, *, shape: StepShape) -> jax.Array:
     """hidden [S + T, E] -> [S + R, E], each row's last token."""
-    return hidden[shared.picked]
+    return jnp.take(hidden, shared.picked, axis=1 if shape.layout.feature_major else 0)
 
 
 def finish(
@@ -131,7 +134,8 @@ def finish(
 ) -> tuple[jax.Array, sampling.SamplingState, StepOutput]:
     """hidden [S + R, E] -> logits, sampled; last_token and the sampling state take in what was drawn."""
     logits = merge(shape.structure.head, head)(hidden, merge(shape.structure.embed, embed))
-    state, sampled = sampling.sample(logits, rows, state, num_top=MAX_TOP_LOGPROBS)
+    vocab_axis = 0 if shape.layout.feature_major else 1
+    state, sampled = sampling.sample(logits, rows, state, num_top=MAX_TOP_LOGPROBS, vocab_axis=vocab_axis)
     output = StepOutput(
         token_ids=sampled.token_ids[:, None],
         num_tokens=rows.emit.astype(jnp.int32),

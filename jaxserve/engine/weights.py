@@ -10,9 +10,10 @@ import jax
 from checkpoints.convert import OrbaxSource, convert, open_source
 from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
+from checkpoints.llama import tensor_shapes
 from checkpoints.load import DummySource, Target, load
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
-from jaxserve.model.sharding import Parameter, Params
+from jaxserve.model.sharding import Params
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
 
@@ -31,19 +32,18 @@ def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None 
         raise ConfigError(f"{path} lacks {error}") from error
 
 
-def load_params(config: EngineConfig, description: Params, report: Report) -> Params:
+def load_params(config: EngineConfig, model: ModelConfig, description: Params, report: Report) -> Params:
     """Params of Parameter descriptions -> Params of arrays on their devices. Converts the default model once."""
     parameters = jax.tree.leaves(description)
-    source = _open(config, parameters, report)
-    targets = {p.path: Target((p.source,), p.shape, p.dtype, p.sharding, p.transpose) for p in parameters}
+    source = _open(config, model, report)
+    targets = {p.path: Target(p.sources, p.shape, p.dtype, p.sharding, p.transpose) for p in parameters}
     arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
     return jax.tree.map(lambda p: arrays[p.path], description)
 
 
-def _open(config: EngineConfig, parameters: list[Parameter], report: Report) -> TensorSource:
+def _open(config: EngineConfig, model: ModelConfig, report: Report) -> TensorSource:
     if config.load_format == "dummy":
-        shapes = {p.source: p.shape[::-1] if p.transpose else p.shape for p in parameters}
-        return DummySource(shapes, config.random_seed)
+        return DummySource(_dummy_shapes(model), config.random_seed)
     if config.orbax_path and config.gguf_path and config.load_format in ("auto", "orbax"):
         if not os.path.isdir(config.orbax_path):
             convert(
@@ -60,6 +60,20 @@ def _open(config: EngineConfig, parameters: list[Parameter], report: Report) -> 
     if config.load_format == "orbax":
         return OrbaxSource(config.model_path)
     return open_source(config.model_path)
+
+
+def _dummy_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    dims = {
+        "L": model.num_layers,
+        "E": model.embed_dim,
+        "H": model.num_heads,
+        "K": model.num_kv_heads,
+        "D": model.head_dim,
+        "F": model.mlp_dim,
+        "V": model.vocab_size,
+    }
+    biases = {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
+    return tensor_shapes(dims, tie=model.tie_embeddings, **biases)
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab, T toke
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,106 +19,157 @@ from jaxserve.config import ModelConfig, RopeScaling
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
-class Linear(nnx.Module):
-    """x [T, in] -> [T, out]. The kernel is [in, out], or [out, in] where the target's compiler wants no relayout copy."""
+@dataclass(frozen=True)
+class Layout:
+    """What a platform's products are fast with; measured in docs/design.md.
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, transposed: bool = False):
-        self.transposed = transposed
-        self.kernel = nnx.Param(jnp.zeros((outputs, inputs) if transposed else (inputs, outputs), dtype))
+    feature_major (CPU): activations are [features, T], every kernel [out, in] as published, and projections that share
+    an input share a kernel. Otherwise activations are [T, features] and kernels [in, out], except that out_in (TPU)
+    keeps q, k, v and the head [out, in], which the compiler would copy in every step.
+    """
+
+    feature_major: bool = False
+    out_in: bool = False
+
+    @classmethod
+    def of(cls, platform: str) -> "Layout":
+        return cls(feature_major=platform == "cpu", out_in=platform in ("cpu", "tpu"))
+
+
+class Linear(nnx.Module):
+    """x [T, in] -> [T, out], or [in, T] -> [out, T] where activations are feature-major."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, layout: Layout, out_in: bool = False):
+        self.feature_major = layout.feature_major
+        self.out_in = layout.feature_major or (layout.out_in and out_in)
+        self.kernel = nnx.Param(jnp.zeros((outputs, inputs) if self.out_in else (inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = jnp.einsum("ti,oi->to" if self.transposed else "ti,io->to", x, self.kernel[...])
-        return out if self.bias is None else out + self.bias[...]
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        if self.feature_major:
+            out = jnp.einsum("oi,it->ot", kernel, x)
+            return out if bias is None else out + bias[:, None]
+        out = jnp.einsum("ti,oi->to" if self.out_in else "ti,io->to", x, kernel)
+        return out if bias is None else out + bias
+
+
+class Joint(nnx.Module):
+    """Projections of one input: x -> one array per entry of outputs; a single kernel where activations are
+    feature-major (one pass over x, and a product wide enough for all cores)."""
+
+    def __init__(self, inputs: int, outputs: tuple[int, ...], *, out_in: bool = False, layout: Layout, **options: Any):
+        self.outputs = outputs
+        widths = (sum(outputs),) if layout.feature_major else outputs
+        self.parts = nnx.List([Linear(inputs, width, out_in=out_in, layout=layout, **options) for width in widths])
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        if len(self.parts) == len(self.outputs):
+            return [part(x) for part in self.parts]
+        borders = np.cumsum(self.outputs)[:-1].tolist()
+        return jnp.split(self.parts[0](x), borders, axis=0)
 
 
 class RMSNorm(nnx.Module):
-    """x [T, E] -> [T, E]; computed in float32 (Zhang and Sennrich 2019)."""
+    """Over the features of x; computed in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype, layout: Layout):
         self.eps = eps
+        self.axis = 0 if layout.feature_major else -1
         self.scale = nnx.Param(jnp.ones(size, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...]
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axis, keepdims=True) + self.eps)
+        scale = self.scale[...]
+        return wide.astype(x.dtype) * (scale[:, None] if self.axis == 0 else scale)
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, transposed: bool):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype}
-        self.q = Linear(config.embed_dim, heads, transposed=transposed, **options)
-        self.k = Linear(config.embed_dim, kv_heads, transposed=transposed, **options)
-        self.v = Linear(config.embed_dim, kv_heads, transposed=transposed, **options)
+        self.feature_major = layout.feature_major
+        options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype, "layout": layout}
+        self.qkv = Joint(config.embed_dim, (heads, kv_heads, kv_heads), out_in=True, **options)
         self.o = Linear(heads, config.embed_dim, **options)
 
     def __call__(self, x: jax.Array, cache: Any, layer: Any, rope: tuple[jax.Array, jax.Array], attend: Attend) -> Any:
-        split = (x.shape[0], -1, self.head_dim)
-        q, k, v = (proj(x).reshape(split) for proj in (self.q, self.k, self.v))
+        q, k, v = (self._split(part) for part in self.qkv(x))
         out, cache = attend(rotate(q, rope), rotate(k, rope), v, cache, layer)
-        return self.o(out.reshape(x.shape[0], -1)), cache
+        out = out.reshape(out.shape[0], -1)
+        return self.o(out.T if self.feature_major else out), cache
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[T, heads * D], or its transpose -> [T, heads, D]."""
+        x = x.T if self.feature_major else x
+        return x.reshape(x.shape[0], -1, self.head_dim)
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
-        options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype}
-        self.gate = Linear(config.embed_dim, config.mlp_dim, **options)
-        self.up = Linear(config.embed_dim, config.mlp_dim, **options)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+        options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "layout": layout}
+        self.gate_up = Joint(config.embed_dim, (config.mlp_dim, config.mlp_dim), **options)
         self.down = Linear(config.mlp_dim, config.embed_dim, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, transposed: bool):
-        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
-        self.attn = Attention(config, dtype, transposed=transposed)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
-        self.mlp = MLP(config, dtype)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
+        self.attn = Attention(config, dtype, layout)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
+        self.mlp = MLP(config, dtype, layout)
 
     def __call__(self, x: jax.Array, cache: Any, layer: Any, rope: tuple[jax.Array, jax.Array], attend: Attend) -> Any:
-        """x [T, E], cache -> x [T, E], cache."""
+        """x [T, E] or [E, T], cache -> the same."""
         out, cache = self.attn(self.attn_norm(x), cache, layer, rope, attend)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Embed(nnx.Module):
-    """token ids [T] -> [T, E]."""
+    """token ids [T] -> [T, E] or [E, T]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+        self.feature_major = layout.feature_major
         self.kernel = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), dtype))
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        return self.kernel[...][token_ids]
+        x = self.kernel[...][token_ids]
+        return x.T if self.feature_major else x
 
 
 class Head(nnx.Module):
-    """x [T, E] -> logits [T, V] float32. out is None where the embedding serves as the head."""
+    """x [T, E] -> logits [T, V], or [E, T] -> [V, T]; float32. out is None where the embedding serves as the head."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, transposed: bool, tied: bool):
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
-        options: dict[str, Any] = {"bias": False, "dtype": dtype, "transposed": transposed}
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
+        self.feature_major = layout.feature_major
+        tied = config.tie_embeddings and layout.out_in
+        options: dict[str, Any] = {"bias": False, "dtype": dtype, "layout": layout, "out_in": True}
         self.out = None if tied else Linear(config.embed_dim, config.vocab_size, **options)
 
     def __call__(self, x: jax.Array, embed: Embed) -> jax.Array:
         x = self.norm(x)
-        out = jnp.einsum("te,ve->tv", x, embed.kernel[...]) if self.out is None else self.out(x)
-        return out.astype(jnp.float32)
+        if self.out is not None:
+            return self.out(x).astype(jnp.float32)
+        equation = "ve,et->vt" if self.feature_major else "te,ve->tv"
+        operands = (embed.kernel[...], x) if self.feature_major else (x, embed.kernel[...])
+        return jnp.einsum(equation, *operands).astype(jnp.float32)
 
 
 class Llama(nnx.Module):
-    """The whole decoder. transposed: q, k, v and head are kept [out, in] (see Linear). A tied head that is not
-    transposed is a second array, [E, V]: a product with the embedding's transpose is several times slower on the CPU."""
+    """The whole decoder in a platform's layout. A tied head that is not [out, in] is a second array, [E, V]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, transposed: bool = False):
-        self.embed = Embed(config, dtype)
-        self.layers = nnx.List([Block(config, dtype, transposed=transposed) for _ in range(config.num_layers)])
-        self.head = Head(config, dtype, transposed=transposed, tied=config.tie_embeddings and transposed)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+        self.embed = Embed(config, dtype, layout)
+        self.layers = nnx.List([Block(config, dtype, layout) for _ in range(config.num_layers)])
+        self.head = Head(config, dtype, layout)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

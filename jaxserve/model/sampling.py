@@ -18,6 +18,7 @@ depend on their order, so thresholds found by bisection and by candidates agree 
 token in every batch size. There is no sort of the vocabulary, and what no row asks for is behind lax.cond.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
@@ -119,40 +120,50 @@ def admit(
     )
 
 
-def sample(logits: Array, rows: SamplingRows, state: SamplingState, *, num_top: int) -> tuple[SamplingState, Sampled]:
+def sample(
+    logits: Array, rows: SamplingRows, state: SamplingState, *, num_top: int, vocab_axis: int = 1
+) -> tuple[SamplingState, Sampled]:
     """logits [N, V] float32 -> one token per row, and the state in which rows with penalties have counted theirs.
 
-    A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError if num_top exceeds V.
+    vocab_axis 0: logits are [V, N]; turning them round costs as much as the CPU's whole head at two rows, so only steps
+    that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError if
+    num_top exceeds V.
     """
-    if num_top > logits.shape[1]:
-        raise ValueError(f"num_top is {num_top}; at most the vocabulary's {logits.shape[1]} tokens can be reported")
-    token_ids = _choose(logits, rows, state)
+    if num_top > logits.shape[vocab_axis]:
+        vocab = logits.shape[vocab_axis]
+        raise ValueError(f"num_top is {num_top}; at most the vocabulary's {vocab} tokens can be reported")
+    token_ids = _choose(logits, rows, state, vocab_axis)
     counted = jnp.where(rows.emit & rows.penalties, rows.slots, state.counts.shape[0])
     state = replace(state, counts=state.counts.at[counted, token_ids].add(1, mode="drop"))
-    return state, _report(logits, token_ids, jnp.any(rows.emit & rows.logprobs), num_top)
+    return state, _report(logits, token_ids, jnp.any(rows.emit & rows.logprobs), num_top, vocab_axis)
 
 
-def _choose(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
-    """logits [N, V] -> token ids [N]. A step of plain greedy rows costs one argmax."""
+def _choose(logits: Array, rows: SamplingRows, state: SamplingState, vocab_axis: int) -> Array:
+    """logits [N, V] or [V, N] -> token ids [N]. A step of plain greedy rows costs one argmax."""
     adjusts = jnp.any(rows.emit & (rows.penalties | rows.bias | rows.suppress_stop))
     draws = jnp.any(rows.emit & rows.sample)
 
     def general(logits: Array) -> Array:
-        scores = lax.cond(adjusts, lambda x: _adjust(x, rows, state), lambda x: x, logits)
+        scores = _by_row(logits, vocab_axis)
+        scores = lax.cond(adjusts, lambda x: _adjust(x, rows, state), lambda x: x, scores)
         return lax.cond(draws, lambda x: _draw(x, rows), _argmax, scores)
 
-    return lax.cond(adjusts | draws, general, _argmax, logits)
+    return lax.cond(adjusts | draws, general, functools.partial(_argmax, axis=vocab_axis), logits)
 
 
-def _argmax(scores: Array) -> Array:
+def _by_row(logits: Array, vocab_axis: int) -> Array:
+    return logits if vocab_axis == 1 else logits.T
+
+
+def _argmax(scores: Array, axis: int = 1) -> Array:
     """scores [N, V] -> [N] int32, the first of equals; two plain reductions, which vectorise unlike jnp.argmax."""
-    return _first_at(scores, scores.max(axis=1, keepdims=True))
+    return _first_at(scores, scores.max(axis=axis, keepdims=True), axis)
 
 
-def _first_at(scores: Array, peak: Array) -> Array:
-    ids = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    last = scores.shape[1] - 1
-    return jnp.where(scores == peak, ids, last).min(axis=1)
+def _first_at(scores: Array, peak: Array, axis: int = 1) -> Array:
+    ids = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    last = scores.shape[axis] - 1
+    return jnp.where(scores == peak, ids, last).min(axis=axis)
 
 
 def _adjust(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
@@ -303,14 +314,15 @@ def _running_sum(values: Array) -> Array:
     return lax.reduce_window(values, np.uint32(0), lax.add, (1, length), (1, 1), [(0, 0), (length - 1, 0)])
 
 
-def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int) -> Sampled:
-    """logits [N, V], token_ids [N], wanted (scalar bool) -> Sampled, with log-probabilities only if wanted."""
-    num_rows = logits.shape[0]
+def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int, vocab_axis: int) -> Sampled:
+    """logits [N, V] or [V, N], token_ids [N], wanted (scalar bool) -> Sampled, with log-probabilities only if wanted."""
+    num_rows = token_ids.shape[0]
 
     def compute() -> tuple[Array, Array, Array]:
-        total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
-        top, ids = lax.top_k(logits, num_top)
-        return jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0] - total[:, 0], ids, top - total
+        rows = _by_row(logits, vocab_axis)
+        total = jax.nn.logsumexp(rows, axis=1, keepdims=True)
+        top, ids = lax.top_k(rows, num_top)
+        return jnp.take_along_axis(rows, token_ids[:, None], axis=1)[:, 0] - total[:, 0], ids, top - total
 
     def skip() -> tuple[Array, Array, Array]:
         shape = (num_rows, num_top)

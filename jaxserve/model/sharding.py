@@ -12,37 +12,28 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ModelConfig
-from jaxserve.model.llama import Llama
+from jaxserve.model.llama import Joint, Layout, Linear, Llama
 
 P = PartitionSpec
 
-# Parameter path -> (Hugging Face tensor, spec of the [out, in] orientation). "{}" is the layer's number.
-TABLE: dict[str, tuple[str, PartitionSpec]] = {
-    "embed.kernel": ("model.embed_tokens.weight", P("tp", None)),
-    "layers.{}.attn_norm.scale": ("model.layers.{}.input_layernorm.weight", P()),
-    "layers.{}.attn.q.kernel": ("model.layers.{}.self_attn.q_proj.weight", P("tp", None)),
-    "layers.{}.attn.k.kernel": ("model.layers.{}.self_attn.k_proj.weight", P("tp", None)),
-    "layers.{}.attn.v.kernel": ("model.layers.{}.self_attn.v_proj.weight", P("tp", None)),
-    "layers.{}.attn.o.kernel": ("model.layers.{}.self_attn.o_proj.weight", P(None, "tp")),
-    "layers.{}.attn.q.bias": ("model.layers.{}.self_attn.q_proj.bias", P("tp")),
-    "layers.{}.attn.k.bias": ("model.layers.{}.self_attn.k_proj.bias", P("tp")),
-    "layers.{}.attn.v.bias": ("model.layers.{}.self_attn.v_proj.bias", P("tp")),
-    "layers.{}.attn.o.bias": ("model.layers.{}.self_attn.o_proj.bias", P()),
-    "layers.{}.mlp_norm.scale": ("model.layers.{}.post_attention_layernorm.weight", P()),
-    "layers.{}.mlp.gate.kernel": ("model.layers.{}.mlp.gate_proj.weight", P("tp", None)),
-    "layers.{}.mlp.up.kernel": ("model.layers.{}.mlp.up_proj.weight", P("tp", None)),
-    "layers.{}.mlp.down.kernel": ("model.layers.{}.mlp.down_proj.weight", P(None, "tp")),
-    "layers.{}.mlp.gate.bias": ("model.layers.{}.mlp.gate_proj.bias", P("tp")),
-    "layers.{}.mlp.up.bias": ("model.layers.{}.mlp.up_proj.bias", P("tp")),
-    "layers.{}.mlp.down.bias": ("model.layers.{}.mlp.down_proj.bias", P()),
-    "head.norm.scale": ("model.norm.weight", P()),
-    "head.out.kernel": ("lm_head.weight", P("tp", None)),
+_LAYER = "model.layers.{}."
+# Parameter path -> (Hugging Face tensors, spec of the [out, in] orientation). "{}" is the layer's number. Several tensors
+# are the parts of a Joint: one leaf each, or one leaf with all of them along its output axis.
+TABLE: dict[str, tuple[tuple[str, ...], PartitionSpec]] = {
+    "embed.kernel": (("model.embed_tokens.weight",), P("tp", None)),
+    "layers.{}.attn_norm.scale": ((_LAYER + "input_layernorm.weight",), P()),
+    "layers.{}.attn.qkv.kernel": (tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"), P("tp", None)),
+    "layers.{}.attn.qkv.bias": (tuple(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv"), P("tp")),
+    "layers.{}.attn.o.kernel": ((_LAYER + "self_attn.o_proj.weight",), P(None, "tp")),
+    "layers.{}.attn.o.bias": ((_LAYER + "self_attn.o_proj.bias",), P()),
+    "layers.{}.mlp_norm.scale": ((_LAYER + "post_attention_layernorm.weight",), P()),
+    "layers.{}.mlp.gate_up.kernel": (tuple(f"{_LAYER}mlp.{x}_proj.weight" for x in ("gate", "up")), P("tp", None)),
+    "layers.{}.mlp.gate_up.bias": (tuple(f"{_LAYER}mlp.{x}_proj.bias" for x in ("gate", "up")), P("tp")),
+    "layers.{}.mlp.down.kernel": ((_LAYER + "mlp.down_proj.weight",), P(None, "tp")),
+    "layers.{}.mlp.down.bias": ((_LAYER + "mlp.down_proj.bias",), P()),
+    "head.norm.scale": (("model.norm.weight",), P()),
+    "head.out.kernel": (("lm_head.weight",), P("tp", None)),
 }
-
-# Kept as they come on TPU: the compiler would otherwise copy them into this layout in every step.
-OUT_IN_ON_TPU = frozenset(
-    {"layers.{}.attn.q.kernel", "layers.{}.attn.k.kernel", "layers.{}.attn.v.kernel", "head.out.kernel"}
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Parameter:
     """One leaf of the model: where it comes from and where it goes."""
 
     path: str
-    source: str  # Hugging Face tensor name, in [out, in] orientation
+    sources: tuple[str, ...]  # Hugging Face tensors, [out, in]; several are joined along their first axis
     transpose: bool  # the leaf is [in, out]
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -92,12 +83,15 @@ def merge(definition: tuple[nnx.GraphDef, Any], leaves: Sequence[Any]) -> Any:
 
 def describe(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, platform: str) -> tuple[Structure, Params]:
     """The model for a platform: its structure, and Params whose leaves are Parameter descriptions. Takes no memory."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype, transposed=platform == "tpu"))
+    model = nnx.eval_shape(lambda: Llama(config, dtype, Layout.of(platform)))
 
     def split(module: nnx.Module, prefix: str) -> tuple[tuple[nnx.GraphDef, Any], list[Parameter]]:
         graphdef, state = nnx.split(module)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-        found = [_parameter(config, f"{prefix}.{_path(keys)}", leaf, mesh, platform) for keys, leaf in leaves]
+        paths = [_path(keys) for keys, _ in leaves]
+        found = [
+            _parameter(config, module, prefix, path, leaf, mesh) for path, (_, leaf) in zip(paths, leaves, strict=True)
+        ]
         return (graphdef, treedef), found
 
     embed, embed_leaves = split(model.embed, "embed")
@@ -106,22 +100,36 @@ def describe(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, platform: str) -
     return Structure(embed, layers[0][0], head), Params(embed_leaves, [leaves for _, leaves in layers], head_leaves)
 
 
-def _path(keys: tuple) -> str:
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
-    return ".".join(names[:-1] if names[-1] == "value" else names)
+def _path(keys: tuple) -> tuple[str, ...]:
+    names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
+    return names[:-1] if names[-1] == "value" else names
 
 
-def _parameter(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, platform: str) -> Parameter:
-    generic = re.sub(r"(?<=layers\.)\d+", "{}", path)
-    layer = re.search(r"layers\.(\d+)", path)
-    source, spec = TABLE[generic]
+def _parameter(
+    config: ModelConfig,
+    module: nnx.Module,
+    prefix: str,
+    path: tuple[str, ...],
+    leaf: jax.ShapeDtypeStruct,
+    mesh: Mesh,
+) -> Parameter:
+    """The description of one leaf of a module whose own path is prefix."""
+    owners = [module]
+    for name in path[:-1]:
+        owners.append(owners[-1][int(name)] if name.isdigit() else getattr(owners[-1], name))
+    joint = next((owner for owner in owners if isinstance(owner, Joint)), None)
+    name = prefix + "." + ".".join(path)
+    generic = re.sub(r"\.parts\.\d+", "", re.sub(r"(?<=layers\.)\d+", "{}", name))
+    sources, spec = TABLE[generic]
     if generic == "head.out.kernel" and config.tie_embeddings:
-        source, _ = TABLE["embed.kernel"]
-    is_product = generic.endswith("kernel") and generic != "embed.kernel"
-    transpose = is_product and not (platform == "tpu" and generic in OUT_IN_ON_TPU)
+        sources, _ = TABLE["embed.kernel"]
+    if joint is not None and len(joint.parts) > 1:
+        sources = (sources[int(path[path.index("parts") + 1])],)
+    layer = re.search(r"layers\.(\d+)", name)
+    transpose = path[-1] == "kernel" and isinstance(owners[-1], Linear) and not owners[-1].out_in
     return Parameter(
-        path=path,
-        source=source.format(layer.group(1) if layer else ""),
+        path=name,
+        sources=tuple(source.format(layer.group(1) if layer else "") for source in sources),
         transpose=transpose,
         shape=tuple(leaf.shape),
         dtype=leaf.dtype,

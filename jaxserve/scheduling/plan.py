@@ -1,4 +1,5 @@
-"""The value between scheduler and device: a Bucket names a compiled shape, a StepPlan is one int32 vector in that shape."""
+"""The value between scheduler and device: a Bucket names a compiled shape, a StepPlan is one int32 vector in that
+shape."""
 
 import math
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class Bucket:
 class PlanArrays(NamedTuple):
     """Views of one packed int32 vector (numpy on the host, jax inside the step). S, T, R as in Bucket; M pages per row.
 
-    Padding: unused decode rows and chunks have slot = max_running (a scratch row), kv_len 0, position 0, page 0, flags 0;
-    prefill tokens past the end of their chunk have token id 0 and a position >= the row's kv_len.
+    Padding: unused decode rows and chunks have slot = max_running (a scratch row), kv_len 0, position 0, page 0, flags
+    0; prefill tokens past the end of their chunk have token id 0 and a position >= the row's kv_len.
     Page 0 is scratch and never belongs to a sequence.
     """
 
@@ -50,7 +51,7 @@ class PlanArrays(NamedTuple):
     slots: Any  # [S + R]
     kv_lens: Any  # [S + R] tokens of the row's sequence after this step; 0 = unused row
     chunk_starts: Any  # [R + 1] where chunk r starts among the T prefill tokens: multiples of the page size, ascending;
-    #                    unused chunks start at T (chunk_starts[num used] is the aligned end of the last used one .. or T)
+    #   unused chunks start at T (chunk_starts[num used] is the aligned end of the last used one .. or T)
     page_table: Any  # [S + R, M] page of each page_size positions; 0 past the end
     flags: Any  # [S + R]
     temperature: Any  # [S + R] float32 bits, as are the other real numbers below

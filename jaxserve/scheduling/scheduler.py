@@ -5,8 +5,8 @@
     events = scheduler.commit(plan, result)    # learns the tokens; frees what finished
 
 Step k+1 may be scheduled and launched before step k is committed. What makes that safe is that the device runs steps in
-the order of their launch: a page freed while a step that writes it is in flight is rewritten by a later step only, and a
-page may be shared as soon as the step that fills it is planned, from the next plan on.
+the order of their launch: a page freed while a step that writes it is in flight is rewritten by a later step only, and
+a page may be shared as soon as the step that fills it is planned, from the next plan on.
 """
 
 from bisect import insort
@@ -223,7 +223,8 @@ class Scheduler:
     # Slots and pages
 
     def _admit(self, sequence: Sequence, picked: Picked) -> bool:
-        """Give sequence a slot, its cached prefix and pages for all its known tokens; its first chunk joins the step."""
+        """Give sequence a slot, its cached prefix and pages for all its known tokens; its first chunk joins the
+        step."""
         while not self._reserve(sequence):
             victim = self._youngest()
             if victim is None or victim.order[0] <= sequence.order[0]:

@@ -1,4 +1,7 @@
-"""Chat templates: messages -> the prompt that the model was trained on. Rendered by transformers, in Jinja's sandbox."""
+"""Chat templates: messages -> the prompt that the model was trained on.
+
+Rendered by transformers, in Jinja's sandbox.
+"""
 
 import copy
 import json
@@ -6,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 _RESERVED = frozenset(
-    ("conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt")
-    + ("continue_final_message", "return_assistant_tokens_mask")
+    (
+        *("conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "return_assistant_tokens_mask"),
+    )
 )
 
 
@@ -16,7 +21,10 @@ class TemplateError(ValueError):
 
 
 class ChatTemplate:
-    """One model's template(s). sources: {name: Jinja text}; "tool_use", where there is one, is taken when tools are given."""
+    """One model's template(s).
+
+    sources: {name: Jinja text}; "tool_use", where there is one, is taken when tools are given.
+    """
 
     def __init__(self, sources: Mapping[str, str] | str, *, special_tokens: Mapping[str, str] | None = None) -> None:
         self.sources = {"default": sources} if isinstance(sources, str) else dict(sources)
@@ -33,8 +41,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, special tokens written out (encode it with add_special_tokens=False).
 
-        kwargs are further variables for the template (enable_thinking ...). Tool arguments given as JSON text are parsed,
-        as templates want them. The messages are not changed. Raises TemplateError.
+        kwargs are further variables for the template (enable_thinking ...). Tool arguments given as JSON text are
+        parsed, as templates want them. The messages are not changed. Raises TemplateError.
         """
         if add_generation_prompt and continue_final_message:
             raise TemplateError(
@@ -73,7 +81,8 @@ class ChatTemplate:
 
 
 def _renderer() -> tuple[Any, tuple[type[Exception], ...]]:
-    """transformers' renderer, and what a template may raise: its own words, or Python's for messages it cannot digest."""
+    """transformers' renderer, and what a template may raise: its own words, or Python's for messages it cannot
+    digest."""
     import jinja2
 
     from jaxserve.text.tokenizer import quiet_transformers

@@ -1,4 +1,5 @@
-"""Prompt ids -> deltas of text: submits the choices, detokenises, matches stop strings, and aborts what nobody reads."""
+"""Prompt ids -> deltas of text: submits the choices, detokenises, matches stop strings, and aborts what nobody
+reads."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ async def generate(
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Yields (choice index, delta) in the order of arrival; params [N], one of each choice, params[i].choice == i.
 
-    Exactly one delta of a choice has a finish_reason, its last. Everything that arrived since the last read is one delta.
-    Closing the generator aborts the choices that have not ended. Raises EngineUnavailable, EngineOverloaded.
+    Exactly one delta of a choice has a finish_reason, its last. Everything that arrived since the last read is one
+    delta. Closing the generator aborts the choices that have not ended. Raises EngineUnavailable, EngineOverloaded.
     """
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]

@@ -85,8 +85,8 @@ def _max_tokens(given: int | None, num_prompt: int, max_model_len: int) -> int:
         raise ParameterError("prompt has 0 tokens; give at least one", "prompt", "empty_prompt")
     if num_prompt >= max_model_len:
         raise ParameterError(
-            f"prompt has {num_prompt} tokens; this model's maximum context length is {max_model_len} tokens, at least one "
-            "of them for the answer (--max-model-len); shorten the prompt",
+            f"prompt has {num_prompt} tokens; this model's maximum context length is {max_model_len} tokens, at least "
+            "one of them for the answer (--max-model-len); shorten the prompt",
             "prompt",
             code,
         )
@@ -94,8 +94,8 @@ def _max_tokens(given: int | None, num_prompt: int, max_model_len: int) -> int:
     if num_prompt + max_tokens > max_model_len:
         raise ParameterError(
             f"prompt has {num_prompt} tokens and max_tokens is {max_tokens}, {num_prompt + max_tokens} together; this "
-            f"model's maximum context length is {max_model_len} tokens (--max-model-len); shorten the prompt or ask for at "
-            f"most {max_model_len - num_prompt}",
+            f"model's maximum context length is {max_model_len} tokens (--max-model-len); shorten the prompt or ask "
+            f"for at most {max_model_len - num_prompt}",
             "max_tokens",
             code,
         )
@@ -164,7 +164,10 @@ def _integer(
 
 
 def _number(param: str, given: Any, default: float, low: float, high: float, *, above: bool = False) -> float:
-    """above: low itself is not allowed. A default outside the range (a strange generation_config.json) is refused too."""
+    """above: low itself is not allowed.
+
+    A default outside the range (a strange generation_config.json) is refused too.
+    """
     value = default if given is None else given
     if (
         type(value) not in (int, float)

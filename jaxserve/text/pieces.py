@@ -1,5 +1,6 @@
 """The exact bytes of every token. A tokenizer.json says how ids become text by a list of decoders; for the kinds that
-language models use, that list amounts to a table id -> bytes and a rule for leading spaces, which is what streaming needs.
+language models use, that list amounts to a table id -> bytes and a rule for leading spaces, which is what streaming
+needs.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ _SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How vocabulary entries spell bytes. Text is the UTF-8 of all bytes in a row, U+FFFD standing for what is no UTF-8."""
+    """How vocabulary entries spell bytes.
+
+    Text is the UTF-8 of all bytes in a row, U+FFFD standing for what is no UTF-8.
+    """
 
     byte_level: bool = False  # GPT-2's alphabet: one printable character per byte
     byte_fallback: bool = False  # entries <0x00> to <0xFF> are single bytes
@@ -37,7 +41,8 @@ class Layout:
 
 
 def layout_of(decoder: dict[str, Any] | None) -> Layout | None:
-    """The "decoder" of a tokenizer.json -> its Layout; None for a kind that is no table of bytes (WordPiece, CTC ...)."""
+    """The "decoder" of a tokenizer.json -> its Layout; None for a kind that is no table of bytes (WordPiece, CTC
+    ...)."""
     if decoder is None:
         return None
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]

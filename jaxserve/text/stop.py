@@ -1,4 +1,5 @@
-"""Stop strings over token borders: nothing of a stop string is ever given out, and nothing is held back longer than needed."""
+"""Stop strings over token borders: nothing of a stop string is ever given out, and nothing is held back longer than
+needed."""
 
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ class StopMatcher:
         self._matched: str | None = None
 
     def push(self, text: str, final: bool) -> tuple[str, str | None]:
-        """text: what follows; final: nothing will follow. -> (text that may be given out, the stop string that ended it or None).
+        """text: what follows; final: nothing will follow. -> (text that may be given out, the stop string that ended it
+        or None).
 
         After a match everything pushed is dropped.
         """

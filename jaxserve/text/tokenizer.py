@@ -1,4 +1,5 @@
-"""Tokenizer: a Hugging Face folder as one value: text <-> ids, exact bytes of tokens, chat template, sampling defaults."""
+"""Tokenizer: a Hugging Face folder as one value: text <-> ids, exact bytes of tokens, chat template, sampling
+defaults."""
 
 import json
 import os
@@ -60,7 +61,8 @@ class Tokenizer:
     def from_folder(cls, path: str, *, chat_template: str | None = None) -> "Tokenizer":
         """Read tokenizer.json, tokenizer_config.json, generation_config.json, config.json and the chat template.
 
-        chat_template replaces the folder's own: the path of a Jinja file, or the template's text. Raises TokenizerError.
+        chat_template replaces the folder's own: the path of a Jinja file, or the template's text. Raises
+        TokenizerError.
         """
         folder = Path(path)
         config = _read_json(folder / "tokenizer_config.json")
@@ -108,10 +110,7 @@ class Tokenizer:
         piece = self._bytes.get(token_id)
         if piece is None:
             token = self.backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
-            if token is None:
-                piece = b""
-            else:
-                piece = (self.layout or Layout()).spell(token)
+            piece = b"" if token is None else (self.layout or Layout()).spell(token)
             self._bytes[token_id] = piece
         return piece
 
@@ -133,7 +132,7 @@ def _load_backend(folder: Path) -> "Backend":
 
         try:
             return Backend.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  (tokenizers raises just that, whatever is wrong with the file)
+        except Exception as error:
             raise TokenizerError(f"{path} cannot be read: {error}") from None
     with quiet_transformers():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast

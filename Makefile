@@ -1,0 +1,84 @@
+# make serve [ARGS="--port 8000"]   sets up .venv where needed and serves the default model
+# make test | test-all | smoke | check | lock | wheel | clean | distclean
+# PYTHON=python3.11 uses that interpreter, in an environment of its own (.venv-3.11).
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-all smoke check docs lock wheel clean distclean missing-python
+
+ARGS ?=
+TESTS ?=
+ifeq ($(PYTHON),)
+VENV := .venv
+else
+minor := $(patsubst python%,%,$(filter python3.%,$(notdir $(PYTHON))))
+VENV := .venv-$(or $(minor),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),unknown)
+endif
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# An interpreter that was removed or replaced leaves a link to nothing: the environment is then made again.
+runnable := $(shell test -x $(PY) && echo yes)
+# Tests run on the CPU unless told otherwise; an accelerator that is there must not change what they show.
+pytest := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest -q
+
+help:
+	@echo 'make serve      serve the default model on port 30000; ARGS="--model ... --port ..."'
+	@echo 'make setup      only make the environment ($(VENV))'
+	@echo 'make test       the tests, with a tenth of the long random runs; make test-all: all of them; TESTS="tests/test_x.py"'
+	@echo 'make smoke      a few fast tests'
+	@echo 'make check      format, lint, types, walls'
+	@echo 'make docs       write docs/flags.md from the table of flags'
+	@echo 'make lock       resolve pyproject.toml into requirements/*.txt (LOCK="--upgrade" for newer versions)'
+	@echo 'make wheel      build dist/*.whl'
+	@echo 'make clean      remove what was built; make distclean: the environments too'
+	@echo 'PYTHON=python3.11 uses that interpreter, in .venv-3.11'
+
+$(STAMP): pyproject.toml requirements/py311.txt requirements/py312.txt tools/setup.sh $(if $(runnable),,missing-python)
+	@sh tools/setup.sh $(VENV) $(PYTHON)
+	@touch $@
+
+missing-python:
+
+setup: $(STAMP)
+
+serve: $(STAMP)
+	@exec $(PY) -m jaxserve $(ARGS)
+
+test: $(STAMP)
+	$(pytest) $(TESTS)
+
+test-all: $(STAMP)
+	JAXSERVE_SLOW=1 $(pytest) $(TESTS)
+
+# The engine's own smoke tests count once there are some.
+smoke: $(STAMP)
+	$(pytest) tests/test_walls.py tests/test_flags.py tests/test_scheduler.py tests/test_pages.py tests/test_stop.py
+	@if grep -qs 'def test.*smoke' tests/test_engine.py; then $(pytest) tests/test_engine.py -k smoke; fi
+
+check: $(STAMP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m ty check --python $(PY)
+	$(pytest) tests/test_walls.py
+
+docs: $(STAMP)
+	$(PY) -m tools.flags_doc > docs/flags.md.new
+	mv docs/flags.md.new docs/flags.md
+
+# No addresses, no header: the files must read the same wherever they were made. Versions stay unless LOCK says so.
+compile := $(PY) -m uv pip compile -q --no-header --no-annotate --no-emit-index-url --extra test --extra dev $(LOCK)
+lock: $(STAMP)
+	$(compile) --python-version 3.11 pyproject.toml -o requirements/py311.txt
+	$(compile) --python-version 3.12 -c requirements/constraints-py312.txt pyproject.toml -o requirements/py312.txt
+
+wheel: $(STAMP)
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation --no-index -w dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find jaxserve checkpoints kernels_pallas tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-*
