@@ -111,9 +111,7 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
     )
 
 
-def _decode(
-    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan
-) -> jax.Array:
+def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan) -> jax.Array:
     """q [S, H, D] against the rows' pages -> [S, H, D].
 
     Where K and V share lanes the products run over all of them, q padded with zeros and the upper half of the result
@@ -142,9 +140,7 @@ def _decode(
     return out.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
 
 
-def _prefill(
-    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan
-) -> jax.Array:
+def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].
 
     All tokens meet all pages of the list, and a mask keeps rows apart: the list is short where rows are many.

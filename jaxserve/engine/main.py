@@ -74,7 +74,7 @@ def _start(
     from jaxserve.scheduling.scheduler import Scheduler
 
     started = time.monotonic()
-    engine = build(config, lambda stage, done, total, message: send(Progress(stage, done, total, message)))
+    engine = build(config, lambda *stage: send(Progress(*stage)))
     for note in engine.sizes.notes:
         logger.warning("%s", note)
     scheduler = Scheduler(engine.sizes.scheduler)

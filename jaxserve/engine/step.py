@@ -156,7 +156,11 @@ def _layer(
     shape: StepShape,
 ) -> tuple[jax.Array, KVCache]:
     block: Block = merge(shape.structure.layer, leaves)
-    return block(hidden, cache, layer, shared.rope, functools.partial(shape.attention.attend, work=shared.work))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, KVCache]:
+        return shape.attention.attend(q, k, v, cache, layer, shared.work)
+
+    return block(hidden, cache, layer, shared.rope, attend)
 
 
 def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> Any:

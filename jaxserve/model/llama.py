@@ -39,7 +39,9 @@ class Layout:
 class Linear(nnx.Module):
     """x [T, in] -> [T, out], or [in, T] -> [out, T] where activations are feature-major."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, layout: Layout, out_in: bool = False):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, layout: Layout, out_in: bool = False
+    ):
         self.feature_major = layout.feature_major
         self.out_in = layout.feature_major or (layout.out_in and out_in)
         self.kernel = nnx.Param(jnp.zeros((outputs, inputs) if self.out_in else (inputs, outputs), dtype))
@@ -173,7 +175,7 @@ class Llama(nnx.Module):
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x [T, heads, D], rope = cos, sin [T, D / 2] -> x with the pairs (i, i + D / 2) rotated, as Hugging Face orders them."""
+    """x [T, heads, D], rope = cos, sin [T, D / 2] -> x with the pairs (i, i + D / 2) rotated (Hugging Face's order)."""
     cos, sin = (part[:, None, :] for part in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -126,8 +126,8 @@ def sample(
     """logits [N, V] float32 -> one token per row, and the state in which rows with penalties have counted theirs.
 
     vocab_axis 0: logits are [V, N]; turning them round costs as much as the CPU's whole head at two rows, so only steps
-    that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError if
-    num_top exceeds V.
+    that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError
+    if num_top exceeds V.
     """
     if num_top > logits.shape[vocab_axis]:
         vocab = logits.shape[vocab_axis]
@@ -315,7 +315,7 @@ def _running_sum(values: Array) -> Array:
 
 
 def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int, vocab_axis: int) -> Sampled:
-    """logits [N, V] or [V, N], token_ids [N], wanted (scalar bool) -> Sampled, with log-probabilities only if wanted."""
+    """logits [N, V] or [V, N], token_ids [N], wanted (scalar bool) -> Sampled; log-probabilities only if wanted."""
     num_rows = token_ids.shape[0]
 
     def compute() -> tuple[Array, Array, Array]:

@@ -17,8 +17,8 @@ from jaxserve.model.llama import Joint, Layout, Linear, Llama
 P = PartitionSpec
 
 _LAYER = "model.layers.{}."
-# Parameter path -> (Hugging Face tensors, spec of the [out, in] orientation). "{}" is the layer's number. Several tensors
-# are the parts of a Joint: one leaf each, or one leaf with all of them along its output axis.
+# Parameter path -> (Hugging Face tensors, spec of the [out, in] orientation). "{}" is the layer's number. Several
+# tensors are the parts of a Joint: one leaf each, or one leaf with all of them along its output axis.
 TABLE: dict[str, tuple[tuple[str, ...], PartitionSpec]] = {
     "embed.kernel": (("model.embed_tokens.weight",), P("tp", None)),
     "layers.{}.attn_norm.scale": ((_LAYER + "input_layernorm.weight",), P()),

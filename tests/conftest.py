@@ -1,0 +1,43 @@
+"""One server and, at a time, one in-process engine for the whole session: to start one costs more than most tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxserve.config import default_cache_dir
+from tests.golden import Case, load_cases
+from tests.real_engines import Engines, RealServer
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> str:
+    """Models and compiled programs stay there from one session to the next: JAXSERVE_TEST_CACHE, or the user's own."""
+    return os.environ.get("JAXSERVE_TEST_CACHE") or default_cache_dir(os.environ, os.path.expanduser("~"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> list[Case]:
+    return load_cases()
+
+
+@pytest.fixture(scope="session")
+def live(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """The default model served with the default flags, by the names that the notebook of the API uses too."""
+    log: Path = tmp_path_factory.mktemp("live") / "server.log"
+    names = ("SmolLM2-135M-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct")
+    flags = ("--cache-dir", cache_dir, "--dtype", "float32", "--served-model-name", *names)
+    with RealServer(*flags, log=log) as server:
+        yield server.wait()
+        server.wait_idle()
+        assert server.metrics()["compilations_total:serving"] == 0, "something was compiled after ready"
+        missed = [line for line in server.output().splitlines() if "batch." in line and "#cache_miss: 0" not in line]
+        assert not missed, missed
+
+
+@pytest.fixture(scope="session")
+def engines(cache_dir: str) -> Iterator[Engines]:
+    engines = Engines(cache_dir)
+    yield engines
+    engines.close()
