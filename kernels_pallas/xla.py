@@ -21,9 +21,14 @@ _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its resca
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodePlan:
-    page_table: jax.Array  # [S, M rounded up to whole blocks]
+    """A work list: item j is one block of pages of one row, so that a step costs the sum of its contexts, not the
+    number of rows times the longest. S items are done at a time, whoever's they are."""
+
+    item_rows: jax.Array  # [J] row of each item, J = S * blocks of the longest row possible; S past the end
+    item_starts: jax.Array  # [J] position of its first token
+    item_pages: jax.Array  # [J, n]
+    num_turns: jax.Array  # [] loop turns of S items
     kv_lens: jax.Array  # [S]
-    num_blocks: jax.Array  # [] blocks of the longest row
     write_pages: jax.Array  # [S] page of the new token; 2**30 (out of range: dropped) for unused rows
     write_offsets: jax.Array  # [S]
 
@@ -78,22 +83,38 @@ def attend(
 def _plan_decode(rows: "DecodeRows", page_size: int) -> DecodePlan:
     per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
     table = _pad_to(rows.page_table, per_block, axis=1)
+    num_rows, num_pages = table.shape
     last = jnp.maximum(rows.kv_lens - 1, 0)
     page = jnp.take_along_axis(table, (last // page_size)[:, None], axis=1)[:, 0]
-    num_blocks = -(-jnp.max(rows.kv_lens) // (per_block * page_size))
-    return DecodePlan(table, rows.kv_lens, num_blocks, jnp.where(rows.kv_lens > 0, page, _NOWHERE), last % page_size)
+    counts = -(-rows.kv_lens // (per_block * page_size))
+    row, block, used, total = _work_list(counts, num_rows * (num_pages // per_block))
+    return DecodePlan(
+        item_rows=jnp.where(used, row, num_rows),
+        item_starts=block * per_block * page_size,
+        item_pages=jnp.where(used[:, None], table.reshape(num_rows, -1, per_block)[row, block], 0),
+        num_turns=-(-total // num_rows),
+        kv_lens=rows.kv_lens,
+        write_pages=jnp.where(rows.kv_lens > 0, page, _NOWHERE),
+        write_offsets=last % page_size,
+    )
+
+
+def _work_list(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """counts [R] of items per row -> for each of length items: its row, its number in the row, whether it exists; and
+    their total."""
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(length)
+    row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), counts.shape[0] - 1)
+    used = item < ends[-1]
+    return row, jnp.where(used, item - (ends - counts)[row], 0), used, ends[-1]
 
 
 def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
     num_rows, max_pages = chunks.page_table.shape
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
     counts = -(-chunks.kv_lens // page_size)  # [R] pages each row reads
-    ends = jnp.cumsum(counts)
-    item = jnp.arange(-(-num_rows * max_pages // per_block) * per_block)
-    row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_rows - 1)
-    index = item - (ends - counts)[row]
-    used = item < ends[-1]
-    pages = jnp.where(used, chunks.page_table[row, jnp.clip(index, 0, max_pages - 1)], 0)
+    row, index, used, total = _work_list(counts, -(-num_rows * max_pages // per_block) * per_block)
+    pages = jnp.where(used, chunks.page_table[row, index], 0)
 
     token = jnp.arange(chunks.positions.shape[0])
     token_row = jnp.clip(jnp.searchsorted(chunks.starts, token, side="right") - 1, 0, num_rows - 1)
@@ -104,7 +125,7 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
         pages=pages,
         page_rows=jnp.where(used, row, -1),
         page_positions=index * page_size,
-        num_blocks=-(-ends[-1] // per_block),
+        num_blocks=-(-total // per_block),
         token_rows=jnp.where(real, token_row, -2),
         positions=chunks.positions,
         write_pages=jnp.where(real[first], write, _NOWHERE),
@@ -118,26 +139,41 @@ def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.
     kept: twice the arithmetic, half the time, since the halves need no copies of their own.
     """
     num_rows, num_heads, head_dim = q.shape
-    page_size = pages.shape[3]
-    per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
-    block = per_block * page_size
+    block = plan.item_pages.shape[1] * pages.shape[3]
     shared = shares_lanes(head_dim)
     grouped = _padded(_scaled(q, num_kv_heads), LANES if shared else -(-head_dim // LANES) * LANES)  # [S, K, G, W]
 
-    def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        ids = lax.dynamic_slice_in_dim(plan.page_table, b * per_block, per_block, axis=1)
-        visible = b * block + jnp.arange(block) < plan.kv_lens[:, None]  # [S, n]
+    def body(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def take(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, turn * num_rows, num_rows)
+
+        rows = take(plan.item_rows)
+        lens = jnp.where(rows < num_rows, plan.kv_lens[rows], 0)
+        visible = take(plan.item_starts)[:, None] + jnp.arange(block) < lens[:, None]  # [S, n]
         keys, values = (
             jnp.where(visible[:, None, :, None], kv, 0)  # free inside the gather; an unwritten page may hold NaN
-            for kv in _gather(pages, layer, ids, num_kv_heads, shared)
+            for kv in _gather(pages, layer, take(plan.item_pages), num_kv_heads, shared)
         )
-        scores = jnp.einsum("skgd,sknd->skgn", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("skgd,sknd->skgn", grouped[rows], keys, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
-        return _accumulate(carry, scores, values, "skgn,sknd->skgd")
+        items = _accumulate(_start(grouped.shape), scores, values, "skgn,sknd->skgd")
+        return _merge(carry, items, rows)
 
-    out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start(grouped.shape)))
+    out = _normalise(lax.fori_loop(0, plan.num_turns, body, _start(grouped.shape)))
     out = out[..., LANES // 2 : LANES // 2 + head_dim] if shared else out[..., :head_dim]
     return out.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
+
+
+def _merge(carry: tuple[jax.Array, ...], items: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
+    """Online softmaxes of items [S, K, G(, W)] into those of their rows [S]; a row has any number of items."""
+    maximum, total, out = carry
+    item_maximum, item_total, item_out = items
+    new_maximum = maximum.at[rows].max(item_maximum, mode="drop")
+    weights = jnp.exp(item_maximum - new_maximum[rows])
+    shrink = jnp.exp(maximum - new_maximum)
+    total = (total * shrink).at[rows].add(item_total * weights, mode="drop")
+    out = (out * shrink[..., None]).at[rows].add(item_out * weights[..., None], mode="drop")
+    return new_maximum, total, out
 
 
 def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan) -> jax.Array:
