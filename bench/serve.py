@@ -2,10 +2,13 @@
 
 python -m bench.serve --base-url http://127.0.0.1:30000 --num-prompts 64 --max-concurrency 16
 python -m bench.serve --request-rate 4 --num-prompts 100 --output bench/results/serve.json
+python -m bench.serve --against-replay --max-concurrency 16 --server-args="--dtype float32"
 
 Closed loop (--max-concurrency alone) starts the next request when one ends; open loop (--request-rate) starts them at
 Poisson times whatever the server does. TTFT: request sent to first text. ITL: between two pieces of text. TPOT: (end -
-first) / (output tokens - 1). E2E: request sent to end. Standard library only, on bare asyncio streams: the generator
+first) / (output tokens - 1). E2E: request sent to end. --against-replay starts a server itself, records the plans of
+its steps, and launches the very same plans again without a server (bench.replay): what of the device's tokens/s reaches
+a client. Standard library only, on bare asyncio streams: the generator
 shares the machine with the server it measures. The JSON has the key names of `vllm bench serve`.
 """
 
@@ -13,8 +16,12 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
+import socket
 import ssl
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -325,10 +332,13 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--api-key")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--against-replay", action="store_true", help="start a server, then replay its very steps")
+    parser.add_argument("--server-args", default="", help="flags of that server, in one quoted string")
     return parser
 
 
-async def _main(args: argparse.Namespace) -> dict[str, Any]:
+async def _main(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[float, float]]:
+    """-> the result, and from when to when it was measured, by time.monotonic()."""
     model = args.model
     if model is None:
         listed = await get_json(args.base_url.rstrip("/") + "/v1/models", args.api_key)
@@ -343,17 +353,72 @@ async def _main(args: argparse.Namespace) -> dict[str, Any]:
     if args.warmup:  # never a prefix of what is measured, so that no cache is warmed by it
         await run(Load(prompts=make_prompts(args.warmup, args.input_len, args.seed + 1_000_003), **shared))
     load = Load(prompts=prompts, request_rate=args.request_rate, **shared)
-    return summarise(load, *await run(load))
+    start = time.monotonic()
+    measured = await run(load)
+    return summarise(load, *measured), (start, time.monotonic())
+
+
+# Against a replay
+
+
+def _against_replay(args: argparse.Namespace) -> dict[str, Any]:
+    """A recorded run over HTTP, this process being the load generator, then the replay in a process of its own."""
+    root = Path(__file__).parents[1]
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()  # the server takes the port over
+        args.base_url, plans = f"http://127.0.0.1:{port}", str(Path(folder) / "plans.npz")
+        flags = ["--port", str(port), "--record-plans", plans, *shlex.split(args.server_args)]
+        server = subprocess.Popen([sys.executable, "-m", "jaxserve", *flags], cwd=root, stdout=sys.stderr)
+        try:
+            asyncio.run(_wait_ready(args, server))
+            result, (start, end) = asyncio.run(_main(args))
+        finally:
+            server.terminate()  # it writes the plans, then ends
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+        command = [sys.executable, "-m", "bench.replay", plans, "--start", str(start), "--end", str(end)]
+        replayed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True)
+    return result | {"replay": json.loads(replayed.stdout)}
+
+
+async def _wait_ready(args: argparse.Namespace, server: "subprocess.Popen[bytes]") -> None:
+    while server.poll() is None:
+        try:
+            await get_json(args.base_url + "/v1/models", args.api_key)
+            return
+        except OSError:
+            await asyncio.sleep(0.5)
+    raise ConnectionError(f"the server ended with exit code {server.returncode} before it was ready")
+
+
+def _replay_table(result: dict[str, Any]) -> str:
+    replay, tokens = result["replay"], result["total_output_tokens"]
+    served, alone = tokens / replay["recorded_seconds"], tokens / replay["replayed_seconds"]
+    lines = [
+        ("steps (with prefill)", f"{replay['steps']} ({replay['prefill_steps']})"),
+        ("tokens/s over HTTP", f"{served:.1f}"),
+        ("tokens/s of the replay", f"{alone:.1f}"),
+        ("HTTP / replay", f"{replay['ratio']:.1%}"),
+        ("different tokens", f"{replay['different_tokens']}"),
+    ]
+    return "\n".join(["", *(f"{name:<24}{value:>20}" for name, value in lines)])
 
 
 def main() -> int:
     args = _arguments().parse_args()
     try:
-        result = asyncio.run(_main(args))
+        result = _against_replay(args) if args.against_replay else asyncio.run(_main(args))[0]
+    except subprocess.CalledProcessError as error:
+        print(f"the replay failed with exit code {error.returncode}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"{args.base_url}: {error}; start a server there or name another with --base-url", file=sys.stderr)
         return 2
-    print(table(result))
+    print(table(result) + (_replay_table(result) if args.against_replay else ""))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

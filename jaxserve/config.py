@@ -143,6 +143,7 @@ class EngineConfig:
     decode_log_interval: int = 40
     watchdog_timeout: float = 300.0  # seconds a step may take, compiles excluded; 0 = off
     random_seed: int = 0  # of dummy weights
+    record_plans: str | None = None  # file that gets every step's plan when the engine ends: a debugging aid
     log_level: str = "info"
 
 

@@ -193,6 +193,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--decode-log-interval",), "engine.decode_log_interval", "decode steps between two log lines", _positive),
     Flag(("--random-seed", "--seed"), "engine.random_seed", "of dummy weights", int),
     Flag(
+        ("--record-plans",),
+        "engine.record_plans",
+        "file that gets the plan of every step when the server ends: a debugging aid, kept in memory until then",
+    ),
+    Flag(
         ("--sampling-defaults",),
         "server.sampling_defaults",
         "for parameters a request leaves out: generation_config.json, or OpenAI's",

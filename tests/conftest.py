@@ -11,6 +11,14 @@ from tests.golden import Case, load_cases
 from tests.real_engines import Engines, RealServer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked slow run with JAXSERVE_SLOW=1 (make test-all) only."""
+    if not os.environ.get("JAXSERVE_SLOW"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make test-all runs it"))
+
+
 @pytest.fixture(scope="session")
 def cache_dir() -> str:
     """Models and compiled programs stay there from one session to the next: JAXSERVE_TEST_CACHE, or the user's own."""

@@ -31,7 +31,12 @@ class RealServer:
         command = [sys.executable, "-m", "jaxserve", "--port", str(self.port), *flags]
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environ or {})}
+                command,
+                cwd=ROOT,
+                text=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environ or {})},
             )
         self.http = httpx2.Client(base_url=self.url, timeout=280, trust_env=False)
         self.client = openai.OpenAI(
@@ -95,21 +100,27 @@ class RealServer:
         assert self.http.post("/flush_cache").status_code == 200
 
     def wait_idle(self, seconds: float = 30.0) -> dict[str, float]:
-        """Until nothing runs or waits; asserts that no page is held then. -> the metrics."""
-        idle = eventually(lambda: not self.metrics()["num_running_reqs"] and not self.metrics()["num_queue_reqs"], seconds)
-        values = self.metrics()
-        assert idle and values["num_open_requests"] == 0, values
-        assert values["num_held_pages"] == 0 and values["token_usage"] == 0, values
+        """Until nothing runs or waits and no page is held; asserts that it comes to that. -> the metrics."""
+        values: dict[str, float] = {}
+        busy = ("num_open_requests", "num_running_reqs", "num_queue_reqs", "num_held_pages", "token_usage")
+
+        def idle() -> bool:
+            values.update(self.metrics())
+            return not any(values[name] for name in busy)
+
+        assert eventually(idle, seconds), {name: values[name] for name in busy}
         return values
 
     def chat(self, content: str, **options: Any) -> Any:
         """One message of the user; fields that OpenAI's client does not know go into extra_body."""
-        return self.client.chat.completions.create(
+        create: Any = self.client.chat.completions.create
+        return create(
             **{"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0.0} | options
         )
 
     def complete(self, prompt: Any, **options: Any) -> Any:
-        return self.client.completions.create(**{"model": self.model, "prompt": prompt, "temperature": 0.0} | options)
+        create: Any = self.client.completions.create
+        return create(**{"model": self.model, "prompt": prompt, "temperature": 0.0} | options)
 
 
 class Engines:
@@ -133,7 +144,7 @@ class Engines:
             self._llm.close()
             self._llm = None
             assert stats is None or stats.compilations_total == 0, "something was compiled after ready"
-            assert stats is None or stats.num_held_pages == 0 and stats.num_running == 0, stats
+            assert stats is None or (stats.num_held_pages == 0 and stats.num_running == 0), stats
 
 
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:

@@ -119,7 +119,7 @@ class StepLog:
         rate = plan.num_cached_tokens / max(plan.num_cached_tokens + plan.num_new_tokens, 1)
         logger.info(
             "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, cache hit rate: %.2f%%, "
-            "token usage: %.2f, #running-req: %d, #queue-req: %d",
+            "token usage: %.2f, #running-req: %d, #queue-req: %d, #cache_miss: %d",
             plan.num_new_sequences,
             plan.num_new_tokens,
             plan.num_cached_tokens,
@@ -127,6 +127,7 @@ class StepLog:
             stats.num_held_pages / stats.num_pages,
             plan.num_decode_rows,
             stats.num_waiting,
+            self._compilations(),
         )
 
     def committed(self, plan: StepPlan) -> None:

@@ -52,8 +52,11 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
     threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
     send = _sender(connection)
     try:
-        loop = _start(config, inbox, send)
-        loop.run()
+        loop, save_plans = _start(config, inbox, send)
+        try:
+            loop.run()
+        finally:
+            save_plans()
         return 0
     except (ConfigError, CheckpointError, OSError) as error:
         logger.debug("the engine could not start", exc_info=True)
@@ -67,10 +70,12 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
 
 def _start(
     config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
-) -> "EngineLoop":
-    """Sizes, then weights and programs side by side, then one run of each program."""
+) -> "tuple[EngineLoop, Callable[[], None]]":
+    """Sizes, then weights and programs side by side, then one run of each program. -> the loop, and what to call after
+    it."""
     from jaxserve.engine.build import build
     from jaxserve.engine.loop import EngineLoop, start_watchdog
+    from jaxserve.engine.record import RecordingRunner
     from jaxserve.scheduling.scheduler import Scheduler
 
     started = time.monotonic()
@@ -79,9 +84,10 @@ def _start(
         logger.warning("%s", note)
     scheduler = Scheduler(engine.sizes.scheduler)
     engine.counter.start_counting_this_thread()
+    recorder = RecordingRunner(engine.runner, config) if config.record_plans else None
     loop = EngineLoop(
         scheduler,
-        engine.runner,
+        recorder or engine.runner,
         inbox,
         send,
         compilations=lambda: engine.counter.after_ready,
@@ -109,7 +115,8 @@ def _start(
             seconds=time.monotonic() - started,
         )
     )
-    return loop
+    path = config.record_plans
+    return loop, lambda: recorder.save(path) if recorder is not None and path is not None else None
 
 
 def _read(

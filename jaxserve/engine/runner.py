@@ -56,6 +56,11 @@ class ModelRunner:
     def num_programs(self) -> int:
         return self._programs.count
 
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """What launch() takes."""
+        return tuple(self._programs.steps)
+
     def compile(self, params: Params, progress: Callable[[int, int], None]) -> None:
         """params: abstract arrays with their shardings."""
         target = Target(

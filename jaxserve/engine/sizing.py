@@ -129,8 +129,8 @@ def _decode_ladder(max_running: int, platform: str) -> tuple[int, ...]:
 def _prefill_ladder(
     config: EngineConfig, platform: str, page_size: int, context: int, notes: list[str]
 ) -> tuple[tuple[int, int], ...]:
-    """(T, R): powers of four from one page up to the chunk size, R rows in each (a step's last program is compiled per
-    number of rows: R takes the decode ladder's sizes)."""
+    """(T, R): from one page up to the chunk size by powers of two (CPU, where a padded token costs as much as a real
+    one) or four; R rows in each, which takes the decode ladder's sizes, as a step's last program is compiled per R."""
     asked = config.chunked_prefill_size or (256 if platform == "cpu" else 2048)
     chunk = -(-asked // page_size) * page_size
     if config.chunked_prefill_size and chunk != asked:
@@ -140,6 +140,6 @@ def _prefill_ladder(
     size = page_size
     while size < chunk:
         sizes.append(size)
-        size *= 4
+        size *= 2 if platform == "cpu" else 4
     fewest, most = (2, 8) if platform == "cpu" else (8, 16)
     return tuple((tokens, min(max(tokens // page_size, fewest), most)) for tokens in (*sizes, chunk))

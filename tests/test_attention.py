@@ -1,0 +1,277 @@
+"""Every attention backend against the definition: one contract, one test; a new backend is one more entry in BACKENDS.
+
+Pages that hold no token of a row, and tails of pages, are NaN before a step, and so are K and V of padding tokens:
+whatever reads one of them answers NaN. After a step every page that no new token belongs to must be as it was, bit for
+bit.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import reference
+from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
+from kernels_pallas.cache import KVCache, empty, pack, rows_per_page, unpack
+
+# Name -> (the backend, a page size it can have): what runs on this machine.
+BACKENDS: dict[str, tuple[Attention, Callable[[int], bool]]] = {
+    "xla": (choose("cpu"), lambda page_size: True),
+}
+
+NUM_LAYERS, LAYER = 3, 1
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # values reach 4; bfloat16 also rounds the weights
+NUM_CHECKED = 48  # tokens of a step that are compared: the definition gathers a whole context for each
+
+
+@dataclass(frozen=True)
+class Shape:
+    head_dim: int
+    page_size: int
+    num_heads: int
+    num_kv_heads: int
+    mode: str  # decode, prefill or mixed
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        heads = f"{self.num_heads}/{self.num_kv_heads}"
+        return f"d{self.head_dim}-page{self.page_size}-{heads}-{self.mode}-{self.dtype}"
+
+    @property
+    def num_decode(self) -> int:
+        return 0 if self.mode == "prefill" else 6
+
+    @property
+    def num_chunks(self) -> int:
+        return 0 if self.mode == "decode" else 4
+
+    @property
+    def num_prefill(self) -> int:
+        return 0 if self.mode == "decode" else 6 * self.page_size
+
+    @property
+    def max_pages(self) -> int:
+        return 5 if self.page_size > 16 else 21  # more than one block of 128 and of 512 tokens, the last not full
+
+
+@dataclass
+class Case:
+    """One step, in numpy. row_of[n] is the row of token n, -1 for padding."""
+
+    page_table: np.ndarray  # [S + R, M]
+    kv_lens: np.ndarray  # [S + R]
+    positions: np.ndarray  # [S + T]
+    row_of: np.ndarray  # [S + T]
+    starts: np.ndarray  # [R + 1]
+    num_pages: int
+
+
+GROUPS = {16: (4, 2), 64: (9, 3), 80: (2, 2), 128: (8, 1), 256: (4, 2)}
+MODES = ("decode", "prefill", "mixed")
+FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all; make test takes a Latin square of them
+SHAPES = [
+    Shape(head_dim, page_size, *GROUPS[head_dim], mode)
+    for row, head_dim in enumerate(GROUPS)
+    for column, page_size in enumerate((8, 16, 64))
+    for index, mode in enumerate(MODES)
+    if FULL or index == (row + column) % 3
+]
+SHAPES += [Shape(64, 16, 9, 3, "mixed", "bfloat16"), Shape(128, 64, 4, 4, "mixed", "bfloat16")]
+
+
+def decode_lengths(rng: np.random.Generator, shape: Shape) -> list[int]:
+    """An idle row, a first token, a full page, the first token of a page, a full table and one between."""
+    size, limit = shape.page_size, shape.max_pages * shape.page_size
+    lengths = [0, 1, size, size * int(rng.integers(1, shape.max_pages)) + 1, limit, int(rng.integers(2, limit))]
+    return rng.permutation(lengths[: shape.num_decode]).tolist()
+
+
+def chunk_lengths(rng: np.random.Generator, shape: Shape) -> list[tuple[int, int]]:
+    """(cached tokens, new tokens) of 2 or 3 used chunks: a fresh one, one behind a cached prefix, one that ends on a
+    page border; together at most T tokens."""
+    size = shape.page_size
+    chunks = [
+        (0, int(rng.integers(1, size + 1))),
+        (size * int(rng.integers(1, shape.max_pages - 2)), size + int(rng.integers(1, size))),
+        (size * int(rng.integers(0, 3)), 2 * size),
+    ]
+    return [chunks[i] for i in rng.permutation(3)[: int(rng.integers(2, 4))]]
+
+
+def make_case(rng: np.random.Generator, shape: Shape) -> Case:
+    """Rows own pages of their own in random order; the first pages of two chunks are the same (a shared prefix)."""
+    size, num_decode, num_prefill = shape.page_size, shape.num_decode, shape.num_prefill
+    rows = num_decode + shape.num_chunks
+    num_pages = 2 + rows * shape.max_pages
+    free = iter(rng.permutation(np.arange(1, num_pages)).tolist())
+    table = np.zeros((rows, shape.max_pages), np.int32)
+    kv_lens = np.zeros(rows, np.int32)
+    positions = np.zeros(num_decode + num_prefill, np.int32)
+    row_of = np.full(num_decode + num_prefill, -1)
+    starts = np.full(shape.num_chunks + 1, num_prefill, np.int32)
+
+    def give(row: int, length: int) -> None:
+        kv_lens[row] = length
+        count = -(-length // size)
+        table[row, :count] = [next(free) for _ in range(count)]
+
+    for row, length in enumerate(decode_lengths(rng, shape)):
+        if length:
+            give(row, length)
+            positions[row], row_of[row] = length - 1, row
+    at = 0
+    for chunk, (cached, new) in enumerate(chunk_lengths(rng, shape) if shape.num_chunks else ()):
+        row, token = num_decode + chunk, num_decode + at
+        give(row, cached + new)
+        starts[chunk] = at
+        positions[token:] = cached + np.arange(len(positions) - token)  # runs on through the padding
+        row_of[token : token + new] = row
+        at += -(-new // size) * size
+    return Case(table, kv_lens, positions, row_of, starts, num_pages)
+
+
+def make_cache(rng: np.random.Generator, shape: Shape, case: Case) -> np.ndarray:
+    """[L, P, R, page_size, 128] NaN, but for the tokens that each row has computed before this step."""
+    cache = empty(NUM_LAYERS, case.num_pages, shape.num_kv_heads, shape.head_dim, shape.page_size, jnp.float32)
+    pages = np.full(cache.pages.shape, np.nan, np.float32)
+    new = np.bincount(case.row_of[case.row_of >= 0], minlength=len(case.kv_lens))
+    for row, length in enumerate(case.kv_lens - new):
+        position = np.arange(length)
+        where = (case.page_table[row, position // shape.page_size], slice(None), position % shape.page_size)
+        full = (2, shape.max_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
+        pages[LAYER][where] = np.asarray(pack(*map(jnp.asarray, rng.standard_normal(full, np.float32))))[:length]
+    return pages
+
+
+def arguments(shape: Shape, case: Case) -> tuple[DecodeRows | None, PrefillChunks | None]:
+    num_decode = shape.num_decode
+    rows = DecodeRows(case.page_table[:num_decode], case.kv_lens[:num_decode]) if num_decode else None
+    if not shape.num_chunks:
+        return rows, None
+    table, lens = case.page_table[num_decode:], case.kv_lens[num_decode:]
+    return rows, PrefillChunks(table, lens, case.starts, case.positions[num_decode:])
+
+
+@functools.cache
+def compiled(backend: str, page_size: int) -> Callable:
+    attention = BACKENDS[backend][0]
+
+    @jax.jit
+    def run(q, k, v, cache, layer, rows, chunks):
+        return attention.attend(q, k, v, cache, layer, attention.plan(rows, chunks, page_size))
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnames="num_kv_heads")
+def oracle(q, k, v, cache, layer, pages, offsets, checked, table, positions, num_kv_heads):
+    written = reference.write(cache, layer, k, v, pages, offsets)
+    return reference.attend(q[checked], written, layer, table, positions, num_kv_heads), written
+
+
+def expect(shape: Shape, case: Case, checked: np.ndarray, q, k, v, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+    """What the definition says: out [checked, H, D] and the pages afterwards; padding writes to a page past the end."""
+    real = case.row_of >= 0
+    table = case.page_table[np.where(real, case.row_of, 0)]
+    page = np.take_along_axis(table, np.clip(case.positions // shape.page_size, 0, shape.max_pages - 1)[:, None], 1)
+    out, written = oracle(
+        *(q, k, v, cache, LAYER),
+        np.where(real, page[:, 0], case.num_pages),
+        case.positions % shape.page_size,
+        checked,
+        table[checked],
+        np.where(real, case.positions, -1)[checked],
+        num_kv_heads=shape.num_kv_heads,
+    )
+    return np.asarray(out, np.float32), np.asarray(written.pages, np.float32)
+
+
+def choose_checked(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """[NUM_CHECKED] real tokens: decode rows, first and last tokens of chunks, and any others."""
+    real = np.flatnonzero(case.row_of >= 0)
+    borders = real[np.diff(case.row_of[real], prepend=-1, append=-1)[1:] != 0]
+    borders = np.union1d(borders, real[np.diff(case.row_of[real], prepend=-1) != 0])
+    return np.concatenate([borders, rng.choice(real, NUM_CHECKED - len(borders))])
+
+
+def own_tails(shape: Shape, case: Case) -> np.ndarray:
+    """[P, page_size] True behind the last token of a chunk, in its last page: may hold anything, nobody reads it."""
+    tails = np.zeros((case.num_pages, shape.page_size), bool)
+    for row in range(shape.num_decode, len(case.kv_lens)):
+        if (used := int(case.kv_lens[row])) % shape.page_size:
+            tails[case.page_table[row, used // shape.page_size], used % shape.page_size :] = True
+    return tails
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
+    print(f"SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng):
+    if not BACKENDS[backend][1](shape.page_size):
+        pytest.skip(f"{backend} has no pages of {shape.page_size}")
+    dtype, tolerance = jnp.dtype(shape.dtype), TOLERANCE[shape.dtype]
+    for _ in range(2):
+        case = make_case(rng, shape)
+        tokens, real = len(case.positions), case.row_of >= 0
+        q = rng.standard_normal((tokens, shape.num_heads, shape.head_dim), np.float32) * 2
+        k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, shape.head_dim), np.float32)
+        k[~real] = v[~real] = np.nan
+        q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+        cache = KVCache(jnp.asarray(make_cache(rng, shape, case), dtype))
+        run = compiled(backend, shape.page_size)
+        out, after = run(q, k, v, cache, jnp.int32(LAYER), *arguments(shape, case))
+        checked = choose_checked(rng, case)
+        want, want_pages = expect(shape, case, checked, q, k, v, cache)
+        out, pages = np.asarray(out, np.float32), np.asarray(after.pages, np.float32)
+        assert after.pages.dtype == dtype and out.shape == q.shape
+        assert np.isfinite(out).all(), (
+            f"rows {np.unique(case.row_of[~np.isfinite(out).all((1, 2))])} read a poisoned place"
+        )
+        np.testing.assert_allclose(out[checked], want, rtol=0, atol=tolerance)
+        kept = (
+            ~own_tails(shape, case)[None, :, None, :, None]
+            | (np.arange(NUM_LAYERS) != LAYER)[:, None, None, None, None]
+        )
+        np.testing.assert_array_equal(np.where(kept, pages, 0), np.where(kept, want_pages, 0))
+
+
+@pytest.mark.parametrize("head_dim", GROUPS)
+def test_the_reference_is_softmax_attention_in_float64(head_dim, rng):
+    shape = Shape(head_dim, 8, *GROUPS[head_dim], "mixed")
+    case = make_case(rng, shape)
+    tokens, checked = len(case.positions), choose_checked(rng, case)
+    q = rng.standard_normal((tokens, shape.num_heads, head_dim), np.float32)
+    k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, head_dim), np.float32)
+    cache = KVCache(jnp.asarray(make_cache(rng, shape, case)))
+    out, pages = expect(shape, case, checked, *map(jnp.asarray, (q, k, v)), cache)
+    keys, values = (np.asarray(x, np.float64) for x in unpack(jnp.asarray(pages[LAYER]), shape.num_kv_heads, head_dim))
+    group = shape.num_heads // shape.num_kv_heads
+    for index, token in enumerate(checked):
+        seen = np.arange(case.positions[token] + 1)
+        place = (case.page_table[case.row_of[token], seen // 8], slice(None), seen % 8)
+        for head in range(shape.num_heads):
+            scores = keys[place][:, head // group] @ q[token, head].astype(np.float64) / head_dim**0.5
+            weights = np.exp(scores - scores.max())
+            want = weights @ values[place][:, head // group] / weights.sum()
+            np.testing.assert_allclose(out[index, head], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(3, 16), (2, 64), (3, 80), (1, 128), (2, 192), (2, 256)])
+def test_packed_rows_unpack_to_the_same_k_and_v(num_kv_heads, head_dim, rng):
+    k, v = rng.standard_normal((2, 5, num_kv_heads, head_dim), np.float32)
+    rows = pack(jnp.asarray(k), jnp.asarray(v))
+    assert rows.shape == (5, rows_per_page(num_kv_heads, head_dim), 128)
+    got_k, got_v = unpack(jnp.swapaxes(rows, 0, 1), num_kv_heads, head_dim)
+    np.testing.assert_array_equal(np.swapaxes(got_k, 0, 1), k)
+    np.testing.assert_array_equal(np.swapaxes(got_v, 0, 1), v)

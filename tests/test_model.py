@@ -1,0 +1,160 @@
+"""The compiled engine on tiny random Llamas against a float64 forward in numpy, however a prompt is cut into steps."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+from engines import (
+    MODELS,
+    Answer,
+    Driver,
+    build_runner,
+    chunked,
+    greedy,
+    log_softmax,
+    shared_engine,
+    shared_folder,
+)
+from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, tiny_tokenizer
+
+from jaxserve.config import ModelConfig
+from jaxserve.engine.compile import StagedStep, WholeStep
+from jaxserve.model import llama
+from jaxserve.scheduling.scheduler import SchedulerConfig
+from jaxserve.types import SamplingParams
+
+VOCAB = tiny_tokenizer().get_vocab_size()
+TOLERANCE = 1e-4  # of a log-probability, float32 against float64
+Wanted = Sequence[tuple[list[int], SamplingParams]]
+
+
+def draw_prompts(*lengths: int) -> list[list[int]]:
+    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
+    print(f"SEED={seed}")
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCAB, length).tolist() for length in lengths]
+
+
+def assert_agrees(answer: Answer, prompt: list[int], logprobs: np.ndarray) -> None:
+    """logprobs [T, V] of prompt and answer: every token is the likeliest, or ties with it."""
+    for index, (token, told) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+        want = logprobs[len(prompt) - 1 + index]
+        assert told is not None
+        assert want[token] >= want.max() - TOLERANCE, f"token {index} is {token}, not {want.argmax()}"
+        assert told.logprob == pytest.approx(want[token], abs=TOLERANCE)
+        np.testing.assert_allclose(told.top_logprobs, want[list(told.top_ids)], atol=TOLERANCE)
+        np.testing.assert_allclose(told.top_logprobs, np.sort(want)[::-1][:20], atol=TOLERANCE)
+
+
+def check_against_numpy(name: str, wanted: Wanted, answers: list[Answer]) -> None:
+    for (prompt, params), answer in zip(wanted, answers, strict=True):
+        assert (len(answer.token_ids), answer.reason) == (params.max_tokens, "length")
+        assert_agrees(answer, prompt, log_softmax(numpy_forward(shared_folder(name), prompt + answer.token_ids)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_llama_is_the_float64_forward_token_for_token(name):
+    engine = shared_engine(name)
+    wanted = [(prompt, greedy(12)) for prompt in draw_prompts(1, 16, 17, 75)]
+    answers = Driver(engine.runner, engine.sizes.scheduler).run(wanted)
+    check_against_numpy(name, wanted, answers)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alternating", "mixed"])
+@pytest.mark.parametrize("sizes", [(16,), (64,), (16, 64)], ids=str)
+def test_paged_and_chunked_is_one_shot_for_every_chunk_size_and_kind_of_step(sizes, mixed):
+    engine = shared_engine()
+    driver = Driver(engine.runner, chunked(engine.sizes.scheduler, *sizes, mixed=mixed))
+    wanted = [(prompt, greedy(10)) for prompt in draw_prompts(64, 65, 130, 200, 33, 5)]
+    answers = driver.run(wanted[:-1]) + driver.run(wanted[-1:])
+    check_against_numpy("grouped", wanted, answers)
+    buckets = [plan.bucket for plan in driver.plans]
+    assert {bucket.num_prefill for bucket in buckets} == {0, *sizes}
+    assert sum(bucket.num_prefill > 0 for bucket in buckets) >= 497 // max(sizes), "the prompts were not chunked"
+    assert any(bucket.num_prefill and bucket.num_decode for bucket in buckets) == mixed
+    assert any(len(plan.sequences) - plan.num_decode_rows > 1 for plan in driver.plans) == (sizes != (16,))
+
+
+def test_a_cached_prefix_changes_no_log_probability():
+    engine = shared_engine()
+    driver = Driver(engine.runner, engine.sizes.scheduler)
+    (prompt,) = draw_prompts(100)
+    wanted = [(prompt, greedy(8))]
+    cold, warm = driver.run(wanted), driver.run(wanted)
+    assert (cold[0].cached_tokens, warm[0].cached_tokens) == (0, 96)
+    check_against_numpy("grouped", wanted, cold)
+    check_against_numpy("grouped", wanted, warm)
+
+
+def test_a_token_that_was_prefilled_is_a_token_that_was_decoded():
+    engine = shared_engine()
+    (prompt,) = draw_prompts(7)
+    (decoded,) = Driver(engine.runner, engine.sizes.scheduler).run([(prompt, greedy(40))])
+    for count in (1, 8, 9, 25, 39):  # the same positions, now all in one chunk
+        driver = Driver(engine.runner, engine.sizes.scheduler)
+        (prefilled,) = driver.run([(prompt + decoded.token_ids[:count], greedy(1))])
+        assert [plan.num_new_tokens for plan in driver.plans] == [7 + count]
+        told, before = prefilled.logprobs[0], decoded.logprobs[count]
+        assert told is not None and before is not None
+        np.testing.assert_allclose(told.top_logprobs, before.top_logprobs, atol=2e-5)
+
+
+def test_whole_and_staged_steps_and_all_layouts_give_the_same_log_probabilities(monkeypatch):
+    """A platform's layout is only a matter of speed: all of them run on the CPU here."""
+    name = "tied"  # its head is the embedding in some layouts and an array of its own in others
+    staged = shared_engine(name)
+    sizes = staged.sizes.scheduler
+    assert all(isinstance(step, StagedStep) for step in staged.runner._programs.steps.values())
+    wanted = [(prompt, greedy(4)) for prompt in draw_prompts(20, 3)]
+    expected = Driver(staged.runner, sizes).run(wanted)
+    check_against_numpy(name, wanted, expected)
+    for layout in ("cpu", "gpu", "tpu"):
+        prefill_only = layout != "cpu"
+        runner = build_runner(monkeypatch, shared_folder(name), sizes, layout=layout, prefill_only=prefill_only)
+        assert all(isinstance(step, WholeStep) for step in runner._programs.steps.values())
+        count = 1 if prefill_only else 4
+        answers = Driver(runner, sizes).run([(prompt, greedy(count)) for prompt, _ in wanted])
+        for want, got in zip(expected, answers, strict=True):
+            assert want.token_ids[:count] == got.token_ids, layout
+            for a, b in zip(want.logprobs[:count], got.logprobs, strict=True):
+                assert a is not None and b is not None
+                np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, atol=2e-5, err_msg=layout)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3_SCALING], ids=str)
+def test_rotary_frequencies_are_the_published_ones(scaling):
+    dims = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 8}
+    config = dims | {"vocab_size": 8, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": scaling}
+    ours = llama.inverse_frequencies(ModelConfig.from_hf(config))
+    np.testing.assert_allclose(ours, inverse_frequencies(config), rtol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_depends_on_the_distance_only():
+    rng = np.random.default_rng()
+    config = ModelConfig.from_hf(
+        {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}
+    )
+    q, k = rng.standard_normal((2, 1, 1, 32), np.float32)
+
+    def at(x: np.ndarray, position: int) -> np.ndarray:
+        return np.asarray(llama.rotate(x, llama.rope_table(config, jax.numpy.array([position]))))[0, 0]
+
+    assert np.linalg.norm(at(q, 77)) == pytest.approx(np.linalg.norm(q), rel=1e-5)
+    assert at(q, 9) @ at(k, 4) == pytest.approx(at(q, 105) @ at(k, 100), abs=1e-3)
+    np.testing.assert_array_equal(at(q, 0), q[0, 0])
+
+
+def test_padding_plans_change_no_page_and_no_slot_in_use():
+    engine = shared_engine()
+    sizes: SchedulerConfig = engine.sizes.scheduler
+    Driver(engine.runner, sizes).run([(prompt, greedy(3)) for prompt in draw_prompts(30, 5)])
+    before = jax.tree.map(np.array, engine.runner._state)
+    for bucket in engine.runner._programs.steps:
+        engine.runner._run(bucket, engine.runner.padding_plan(bucket))
+    after = jax.tree.map(np.array, engine.runner._state)
+    np.testing.assert_array_equal(before.cache.pages[:, 1:], after.cache.pages[:, 1:])
+    np.testing.assert_array_equal(before.last_token[:-1], after.last_token[:-1])
+    for old, new in zip(jax.tree.leaves(before.sampling), jax.tree.leaves(after.sampling), strict=True):
+        np.testing.assert_array_equal(old[:-1], new[:-1])
