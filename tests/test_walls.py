@@ -41,6 +41,7 @@ ROOMS = {
     "jaxserve.foreign_flags": room(1),
     "jaxserve.progress": room(1),
     "jaxserve.utils": room(1),
+    "jaxserve.store": room(1),
     "kernels_pallas": room(1, others="jax numpy"),
     "checkpoints": room(1, others="jax numpy ml_dtypes orbax tensorstore gguf tokenizers huggingface_hub tqdm"),
     "jaxserve.flags": room(2, "jaxserve.config jaxserve.foreign_flags jaxserve.version", "yaml"),

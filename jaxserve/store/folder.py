@@ -1,0 +1,106 @@
+"""Where a store keeps its bytes, and the lock on it.
+
+    lock                   held while a process uses the store
+    store.sqlite3          the records (and -wal, -shm beside it)
+    reserve                bytes to give up when the disk is full, so that a batch can still fail in order
+    incoming/upload-…      uploads on their way; emptied by recover
+    files/file-…           the bytes of the files
+    batches/batch_…/       input.jsonl (a hard link to the file's bytes), output.jsonl, error.jsonl
+
+Names in these folders are the store's own random ids: no name that a client gave is part of a path.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxserve.store import StoreLocked
+from jaxserve.store.disk import Disk
+
+RESERVE_BYTES = 1 << 20
+ID = re.compile(r"(upload-|file-|batch_)[0-9a-f]{32}")
+
+
+def new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(16)
+
+
+class Folder:
+    """The tree above, locked. Raises StoreLocked when another process has it, OSError when it cannot be made."""
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path, self.disk = path, disk
+        self.incoming, self.files, self.batches = path / "incoming", path / "files", path / "batches"
+        self.database, self.reserve = path / "store.sqlite3", path / "reserve"
+        disk.make_folder(path)
+        self.lock = self._lock()
+        try:
+            for folder in (self.incoming, self.files, self.batches):
+                disk.make_folder(folder)
+            disk.sync_folder(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> int:
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            raise StoreLocked(
+                f"{self.path} is in use by process {owner or 'unknown'}; one server owns a store. "
+                "Stop that one or give this one another --file-storage-path."
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        return descriptor
+
+    def close(self) -> None:
+        """Releases the lock; nothing the second time."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def of_file(self, file_id: str) -> Path:
+        return self.files / _checked(file_id)
+
+    def of_batch(self, batch_id: str, name: str = "") -> Path:
+        return self.batches / _checked(batch_id) / name
+
+    def strays(self, folder: Path, known: set[str]) -> Iterator[Path]:
+        """What is ours by its name and nobody's by the records."""
+        for path in folder.iterdir():
+            if ID.fullmatch(path.name) and path.name not in known:
+                yield path
+
+    def fill_reserve(self) -> None:
+        """Makes the reserve again, when there is room for many of it."""
+        if self.reserve.exists() or shutil.disk_usage(self.path).free < 16 * RESERVE_BYTES:
+            return
+        descriptor = self.disk.create(self.reserve)
+        try:
+            self.disk.write(descriptor, bytes(RESERVE_BYTES))
+            self.disk.sync(descriptor)
+        except OSError:
+            self.disk.remove(self.reserve)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def release_reserve(self) -> None:
+        self.disk.remove(self.reserve)
+
+
+def _checked(name: str) -> str:
+    if not ID.fullmatch(name):
+        raise ValueError(f"{name!r} is no id of this store")
+    return name
