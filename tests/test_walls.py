@@ -61,23 +61,24 @@ ROOMS = {
     ),
     "jaxserve.api": room(
         4,
-        "jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.version",
+        "jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config jaxserve.version",
         "fastapi starlette pydantic orjson prometheus_client",
     ),
     "jaxserve.launch": room(
-        5,
-        "jaxserve.api jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.flags jaxserve.progress "
-        "checkpoints.hub",
+        6,
+        "jaxserve.service jaxserve.api jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config "
+        "jaxserve.flags jaxserve.progress checkpoints.hub",
         "uvicorn",
         later="jaxserve.engine",
     ),
+    "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
     "jaxserve.llm": room(
         5,
         "jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.progress checkpoints.hub",
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.__main__": room(6, "jaxserve.flags", later="jaxserve.launch"),
+    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch"),
 }
 
 SCHEDULING_NEVER = {
