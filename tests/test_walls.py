@@ -72,20 +72,32 @@ ROOMS = {
         later="jaxserve.engine",
     ),
     "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
+    "jaxserve.offline": room(
+        7,
+        "jaxserve.launch jaxserve.service jaxserve.api jaxserve.client jaxserve.store jaxserve.config jaxserve.flags",
+        "orjson tqdm",
+    ),
     "jaxserve.llm": room(
         5,
         "jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.progress checkpoints.hub",
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch"),
+    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch jaxserve.offline"),
 }
 
 SCHEDULING_NEVER = {
     *("jax", "os", "socket", "random", "logging"),
     *("time", "threading", "asyncio", "multiprocessing", "concurrent", "queue"),
 }
-FRONT_END = ("jaxserve.api", "jaxserve.text", "jaxserve.client", "jaxserve.launch", "jaxserve.__main__")
+FRONT_END = (
+    "jaxserve.api",
+    "jaxserve.text",
+    "jaxserve.client",
+    "jaxserve.launch",
+    "jaxserve.offline",
+    "jaxserve.__main__",
+)
 WITHOUT_JAX = ("hub", "files", "gguf", "gguf_tokenizer", "pip_index", "storage")  # modules of checkpoints
 
 

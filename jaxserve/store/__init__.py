@@ -4,7 +4,7 @@
     batches   one state machine each (`STATUS_AFTER`), moved by compare-and-swap
     rows      the lines of a batch's input, each pending until exactly one result is recorded for it
 
-A store knows nothing of OpenAI's JSON: a row is a span of bytes in the input, a result is a line of bytes for the output
+A store knows nothing of OpenAI's JSON: a row is a span of bytes in the input, a result one line of bytes for the output
 or the error file. What is true at any moment is what a reopened store says: every method either happened wholly and
 durably when it returns, or (when it raises, or the process dies inside it) can be called again. Methods block for the
 disk, up to tens of milliseconds, so call them from a thread; they may be called from any number of threads.
@@ -193,6 +193,8 @@ class Upload(Protocol):
     """A file on its way in: invisible until `commit`; gone when its `with` block, or the process, ends before."""
 
     num_bytes: int  # written so far; the caller holds the limit
+    purpose: str  # this and the next may be changed until `commit`: a client may say them behind the bytes
+    expires_after: int | None
 
     def write(self, chunk: bytes) -> None:
         """Adds bytes. Raises StoreFull or StoreError; the upload is then good for `abort` only."""

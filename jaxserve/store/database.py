@@ -80,6 +80,8 @@ class Database:
     def __init__(self, path: Path, connect: Connect = connect) -> None:
         self.connection = connect(str(path))
         try:
+            # Alone, the log's index can live in memory: nothing to allocate when a full disk is opened.
+            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             # Where the file system cannot do WAL, SQLite keeps its rollback journal, which is as durable and slower.
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = FULL")
@@ -114,17 +116,26 @@ class Database:
             raise
 
     def one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        return self.connection.execute(sql, values).fetchone()
+        return self.connection.execute(sql, _storable(values)).fetchone()
 
     def all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self.connection.execute(sql, values).fetchall()
+        return self.connection.execute(sql, _storable(values)).fetchall()
 
     def run(self, sql: str, *values: Any) -> int:
         """The number of rows it changed."""
-        return self.connection.execute(sql, values).rowcount
+        return self.connection.execute(sql, _storable(values)).rowcount
 
-    def run_many(self, sql: str, many: Iterable[Sequence[Any]]) -> None:
+    def run_many(self, sql: str, many: Iterable[Sequence[int]]) -> None:
         self.connection.executemany(sql, many)
 
     def close(self) -> None:
         self.connection.close()
+
+
+def storable(text: str) -> str:
+    """JSON can carry half of a surrogate pair, UTF-8 cannot: `?` in its place."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _storable(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(storable(value) if isinstance(value, str) else value for value in values)

@@ -8,8 +8,6 @@ from pathlib import Path
 from jaxserve.store import StoreError, StoreFull
 from jaxserve.store.disk import FULL_ERRNOS
 
-SQLITE_IOERR_SHMSIZE = 4874  # the index of the write-ahead log cannot grow
-
 
 @contextmanager
 def translating(path: Path) -> Generator[None, None, None]:
@@ -26,4 +24,4 @@ def translating(path: Path) -> Generator[None, None, None]:
 def _is_full(error: OSError | sqlite3.Error) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL_ERRNOS
-    return getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, SQLITE_IOERR_SHMSIZE)
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL

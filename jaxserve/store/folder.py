@@ -1,8 +1,8 @@
 """Where a store keeps its bytes, and the lock on it.
 
     lock                   held while a process uses the store
-    store.sqlite3          the records (and -wal, -shm beside it)
-    reserve                bytes to give up when the disk is full, so that a batch can still fail in order
+    store.sqlite3          the records (and -wal beside it)
+    reserve                bytes to give up when the disk is full, so that a batch can fail and a file be deleted
     incoming/upload-…      uploads on their way; emptied by recover
     files/file-…           the bytes of the files
     batches/batch_…/       input.jsonl (a hard link to the file's bytes), output.jsonl, error.jsonl
@@ -22,6 +22,7 @@ from jaxserve.store import StoreLocked
 from jaxserve.store.disk import Disk
 
 RESERVE_BYTES = 1 << 20
+RELEASE_BYTES = 1 << 18
 ID = re.compile(r"(upload-|file-|batch_)[0-9a-f]{32}")
 
 
@@ -83,21 +84,20 @@ class Folder:
                 yield path
 
     def fill_reserve(self) -> None:
-        """Makes the reserve again, when there is room for many of it."""
-        if self.reserve.exists() or shutil.disk_usage(self.path).free < 16 * RESERVE_BYTES:
+        """Makes the reserve whole again, when there is room for several of it."""
+        held = self.reserve.stat().st_size if self.reserve.exists() else -1
+        if held >= RESERVE_BYTES or shutil.disk_usage(self.path).free < 4 * RESERVE_BYTES:
             return
-        descriptor = self.disk.create(self.reserve)
-        try:
-            self.disk.write(descriptor, bytes(RESERVE_BYTES))
-            self.disk.sync(descriptor)
-        except OSError:
-            self.disk.remove(self.reserve)
-            raise
-        finally:
-            os.close(descriptor)
+        if held < 0:
+            os.close(self.disk.create(self.reserve))
+        self.disk.write_at(self.reserve, max(held, 0), bytes(RESERVE_BYTES - max(held, 0)))
 
-    def release_reserve(self) -> None:
-        self.disk.remove(self.reserve)
+    def release_reserve(self) -> bool:
+        """Gives up a part of the reserve; False when there is none."""
+        held = self.reserve.stat().st_size if self.reserve.exists() else 0
+        if held:
+            self.disk.truncate(self.reserve, max(0, held - RELEASE_BYTES))
+        return held > 0
 
 
 def _checked(name: str) -> str:

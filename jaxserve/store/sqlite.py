@@ -1,7 +1,7 @@
 """The default store: records in SQLite, bytes in files beside it, one process at a time (see folder for the tree).
 
 A result line is appended to the batch's own output or error file and synced; then one transaction counts it and moves
-the length that counts. Whatever lies behind that length never happened: the next append overwrites it, `recover` cuts it.
+the length that counts. Whatever lies behind that length never happened: the next append overwrites it, recover cuts it.
 So publishing is a hard link and one transaction, and needs neither memory nor room for the results.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from jaxserve.store import (
     ACTIVE,
@@ -35,7 +35,7 @@ from jaxserve.store import (
     Usage,
     WrongStatus,
 )
-from jaxserve.store.database import Connect, Database, connect
+from jaxserve.store.database import Connect, Database, connect, storable
 from jaxserve.store.disk import Disk
 from jaxserve.store.errors import translating
 from jaxserve.store.folder import Folder, new_id
@@ -50,6 +50,7 @@ from jaxserve.store.records import (
 )
 from jaxserve.store.uploads import FileUpload
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 INPUT, OUTPUT, ERROR = "input.jsonl", "output.jsonl", "error.jsonl"
@@ -77,19 +78,29 @@ class SQLiteStore:
         with self._guard():
             self.folder = Folder(self.path, self.disk)
             try:
-                self._db = self._open_database(connect)
-                self.disk.sync_folder(self.path)
+                self._db = self._despite_full(lambda: self._open_database(connect))
             except BaseException:
                 self.folder.close()
                 raise
 
     def _open_database(self, connect: Connect) -> Database:
+        database = Database(self.folder.database, connect)
         try:
-            with translating(self.path):
-                return Database(self.folder.database, connect)
-        except StoreFull:  # what the log needs to be read and cleaned
-            self.folder.release_reserve()
-            return Database(self.folder.database, connect)
+            self.disk.sync_folder(self.path)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _despite_full(self, action: Callable[[], T]) -> T:
+        """What the action returns; on a full disk it is tried again with parts of the reserve."""
+        while True:
+            try:
+                with translating(self.path):
+                    return action()
+            except StoreFull:
+                if not self.folder.release_reserve():
+                    raise
 
     @contextmanager
     def _guard(self) -> Generator[None, None, None]:
@@ -152,10 +163,9 @@ class SQLiteStore:
     # Files ------------------------------------------------------------------------------------------------------------
 
     def start_upload(self, filename: str, purpose: str, *, expires_after: int | None = None) -> FileUpload:
-        label = filename.encode("utf-8", "replace").decode("utf-8")  # lone surrogates are not storable
         with self._guard():
             path = self.folder.incoming / new_id("upload-")
-            return FileUpload(path, self.disk, self._adopt, label, purpose, expires_after)
+            return FileUpload(path, self.disk, self._adopt, storable(filename), purpose, expires_after)
 
     def _adopt(self, upload: FileUpload) -> StoredFile:
         """The last step of an upload: its synced bytes get their name, then their record."""
@@ -214,13 +224,13 @@ class SQLiteStore:
     def delete_file(self, file_id: str) -> None:
         with self._guard():
             self.get_file(file_id)
-            self._remove_files([file_id])
+            self._despite_full(lambda: self._remove_files([file_id]))
 
     def expire_files(self) -> int:
         with self._guard():
             expired = [each for (each,) in self._db.all("SELECT id FROM files WHERE expires_at <= ?", self._now())]
             if expired:
-                self._remove_files(expired)
+                self._despite_full(lambda: self._remove_files(expired))
             return len(expired)
 
     def _remove_files(self, file_ids: Sequence[str]) -> None:
@@ -230,6 +240,7 @@ class SQLiteStore:
                 self._db.run("DELETE FROM files WHERE id = ?", file_id)
         for file_id in file_ids:
             self.disk.remove(self.folder.of_file(file_id))
+        self.folder.fill_reserve()
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -373,8 +384,7 @@ class SQLiteStore:
                 return batch
             if batch.is_final:
                 raise WrongStatus(batch, "fail")
-            self.folder.release_reserve()
-            return self._end(batch, "failed", errors=errors_to_text(errors))
+            return self._despite_full(lambda: self._end(batch, "failed", errors=errors_to_text(errors)))
 
     def _end(self, batch: Batch, status: BatchStatus, **columns: Any) -> Batch:
         """Publishes the results under ids that a second try finds again, then records files and status as one."""
