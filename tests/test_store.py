@@ -8,7 +8,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from stores import (
+
+from jaxserve.store import (
+    BatchError,
+    NoSuchBatch,
+    NoSuchFile,
+    RowResult,
+    RowSpan,
+    StoredFile,
+    StoreError,
+    StoreLocked,
+    Usage,
+    WrongStatus,
+)
+from jaxserve.store.database import MIGRATIONS
+from jaxserve.store.sqlite import SQLiteStore
+from tests.stores import (
     NOW,
     USAGE,
     Clock,
@@ -23,20 +38,6 @@ from stores import (
     start,
     upload,
 )
-
-from jaxserve.store import (
-    BatchError,
-    NoSuchBatch,
-    NoSuchFile,
-    RowResult,
-    StoredFile,
-    StoreError,
-    StoreLocked,
-    Usage,
-    WrongStatus,
-)
-from jaxserve.store.database import MIGRATIONS
-from jaxserve.store.sqlite import SQLiteStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY = 86_400
@@ -97,6 +98,7 @@ def test_unknown_ids_are_unknown_wherever_they_point(store, file_id):
         lambda id: store.finish_batch(id, "expired"),
         lambda id: store.fail_batch(id, []),
         lambda id: store.record_results(id, []),
+        lambda id: store.read_row(id, RowSpan(1, 0, 1)),
     ):
         with pytest.raises(NoSuchBatch):
             call(file_id)
@@ -287,6 +289,7 @@ def test_a_final_batch_never_moves(store, status):
         lambda: store.start_finalizing(batch.id),
         lambda: store.record_results(batch.id, [RowResult(0, "completed", b"{}")]),
         lambda: store.open_input(batch.id),
+        lambda: store.read_row(batch.id, RowSpan(1, 0, 1)),
     ]
     if status != "failed":
         calls.append(lambda: store.fail_batch(batch.id, []))

@@ -9,7 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from stores import (
+
+from jaxserve.store import BatchError, NoSuchFile, StoreError, StoreFull
+from jaxserve.store.sqlite import SQLiteStore
+from tests.stores import (
     Crash,
     FailingDisk,
     Faults,
@@ -22,9 +25,6 @@ from stores import (
     start,
     upload,
 )
-
-from jaxserve.store import BatchError, NoSuchFile, StoreError, StoreFull
-from jaxserve.store.sqlite import SQLiteStore
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_LINES = 6

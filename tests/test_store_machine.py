@@ -8,9 +8,20 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
-from stores import Clock, Crash, FailingDisk, Faults, abandon, answer, check_results, make_batch, quick_store, spans
 
 from jaxserve.store import ACTIVE, Batch, BatchError, WrongStatus
+from tests.stores import (
+    Clock,
+    Crash,
+    FailingDisk,
+    Faults,
+    abandon,
+    answer,
+    check_results,
+    make_batch,
+    quick_store,
+    spans,
+)
 
 FINAL = ("completed", "expired", "cancelled")
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
