@@ -308,8 +308,9 @@ class FrontEnd:
             await self.service.stop(
                 self.serving.config.shutdown_timeout if self.client.failure is None else FAILURE_GRACE
             )
-        with suppress(asyncio.CancelledError):
-            await service
+            await asyncio.wait({service})
+            if not service.cancelled() and (error := service.exception()) is not None:
+                log.error("the service failed while it stopped", exc_info=error)
         await self.client.close()
         if self.process is not None:
             await _in_thread(self._end_process)

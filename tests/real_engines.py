@@ -29,6 +29,8 @@ class RealServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-m", "jaxserve", "--port", str(self.port), *flags]
+        if "--file-storage-path" not in flags:
+            command += ["--file-storage-path", str(log.with_suffix(".store"))]
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environ or {})}
@@ -96,7 +98,9 @@ class RealServer:
 
     def wait_idle(self, seconds: float = 30.0) -> dict[str, float]:
         """Until nothing runs or waits; asserts that no page is held then. -> the metrics."""
-        idle = eventually(lambda: not self.metrics()["num_running_reqs"] and not self.metrics()["num_queue_reqs"], seconds)
+        idle = eventually(
+            lambda: not self.metrics()["num_running_reqs"] and not self.metrics()["num_queue_reqs"], seconds
+        )
         values = self.metrics()
         assert idle and values["num_open_requests"] == 0, values
         assert values["num_held_pages"] == 0 and values["token_usage"] == 0, values
@@ -133,7 +137,7 @@ class Engines:
             self._llm.close()
             self._llm = None
             assert stats is None or stats.compilations_total == 0, "something was compiled after ready"
-            assert stats is None or stats.num_held_pages == 0 and stats.num_running == 0, stats
+            assert stats is None or (stats.num_held_pages == 0 and stats.num_running == 0), stats
 
 
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:

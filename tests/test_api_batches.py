@@ -141,7 +141,8 @@ def test_an_unknown_file_makes_a_failed_batch(server: ApiServer):
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "invalid_value"),
         ({"metadata": []}, "metadata", "invalid_type"),
         ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after.anchor", "invalid_value"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after.seconds", "invalid_value"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after.seconds",
+         "invalid_value"),
     ],
 )  # fmt: skip
 def test_a_wrong_create_is_refused_by_name(server: ApiServer, change: dict, param: str, code: str):

@@ -73,6 +73,7 @@ class BatchWorker:
         self._validating = asyncio.Lock()  # one file at a time: it is processor work
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="batch")
         self._ticker: asyncio.Task[None] | None = None
+        self._adopted = False  # what the store held at start
 
     def start(self) -> None:
         """Takes up every batch that has not ended; once, when the engine is ready."""
@@ -94,7 +95,7 @@ class BatchWorker:
     @property
     def idle(self) -> bool:
         """True when every batch that was adopted has ended."""
-        return self._slots is not None and not self._runs
+        return self._adopted and not self._runs
 
     @property
     def batches(self) -> list[Batch]:
@@ -119,13 +120,12 @@ class BatchWorker:
     async def _watch_clock(self) -> None:
         """Adopts what is there, then ends windows and files whose time has come."""
         expiry_due = 0.0
-        adopted = False
         while True:
             try:
-                if not adopted:
+                if not self._adopted:
                     for batch in await self.call(self.store.active_batches):
                         self.adopt(batch)
-                    adopted = True
+                    self._adopted = True
                 self.serving.metrics.num_batch_pending.set(sum(batch.num_pending for batch in self.batches))
                 now = self.clock()
                 for run in self._runs.values():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxserve.api.errors import APIError, invalid_request
 
 MAX_HEADER_BYTES = 16 * 1024  # of one part
+_ESCAPES = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))  # browsers' and httpx's (WHATWG HTML, multipart/form-data)
 MAX_FIELD_BYTES = 64 * 1024  # of one value that is no file
 
 
@@ -88,7 +89,10 @@ def _parse_head(head: str) -> Part:
     name = message.get_param("name", header="content-disposition")
     if not isinstance(name, str):
         raise _broken("a part has no name")
-    return Part(name, message.get_filename())
+    filename = message.get_filename()
+    for escape, character in _ESCAPES if filename else ():
+        filename = filename.replace(escape, character)
+    return Part(name, filename)
 
 
 def _broken(why: str) -> APIError:
