@@ -90,8 +90,9 @@ def _parse_head(head: str) -> Part:
     if not isinstance(name, str):
         raise _broken("a part has no name")
     filename = message.get_filename()
-    for escape, character in _ESCAPES if filename else ():
-        filename = filename.replace(escape, character)
+    if filename is not None:
+        for escape, character in _ESCAPES:
+            filename = filename.replace(escape, character)
     return Part(name, filename)
 
 
