@@ -6,6 +6,7 @@
 import errno
 import json
 import os
+import shutil
 import sqlite3
 import sys
 from collections import Counter
@@ -92,7 +93,7 @@ class FailingDisk(Disk):
     """Every change may fail, and `cut_power` undoes those that were not synced: bytes of files, names in folders."""
 
     faults: Faults
-    unsynced_bytes: dict[int, tuple[Path, int]] = field(default_factory=dict)  # inode -> what was there before
+    unsynced_bytes: dict[int, int] = field(default_factory=dict)  # inode -> the length that was synced
     unsynced_names: list[tuple[Path, Callable[[], object]]] = field(default_factory=list)
 
     def check(self, grows: bool = False) -> None:
@@ -101,6 +102,8 @@ class FailingDisk(Disk):
 
     def make_folder(self, path: Path) -> None:
         self.check(grows=True)
+        if not path.exists():
+            self.unsynced_names.append((path.parent, lambda: shutil.rmtree(path, ignore_errors=True)))
         super().make_folder(path)
 
     def create(self, path: Path) -> int:
@@ -110,8 +113,7 @@ class FailingDisk(Disk):
 
     def write(self, descriptor: int, data: bytes) -> None:
         status = os.fstat(descriptor)
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        self.unsynced_bytes.setdefault(status.st_ino, (path, status.st_size))
+        self.unsynced_bytes.setdefault(status.st_ino, status.st_size)
         half = len(data) // 2  # a failed write may have written something
         super().write(descriptor, data[:half])
         self.check(grows=True)
@@ -147,12 +149,13 @@ class FailingDisk(Disk):
         self.check()
         super().remove_folder(path)
 
-    def cut_power(self) -> None:
+    def cut_power(self, root: Path) -> None:
         for _, undo in reversed(self.unsynced_names):
             undo()
-        for path, num_bytes in self.unsynced_bytes.values():
-            if path.exists():
-                os.truncate(path, min(num_bytes, path.stat().st_size))
+        for path in root.rglob("*"):
+            synced = self.unsynced_bytes.get(path.stat().st_ino)
+            if synced is not None and path.is_file() and path.stat().st_size > synced:
+                os.truncate(path, synced)
 
 
 def quick_store(

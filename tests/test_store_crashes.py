@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.store import BatchError, NoSuchFile, StoreError, StoreFull
+from jaxserve.store import BatchError, NoSuchFile, RowResult, StoreError, StoreFull
 from jaxserve.store.sqlite import SQLiteStore
 from tests.stores import (
     Crash,
@@ -52,7 +52,7 @@ def crash(path: Path, at: int, ending: str) -> bool:
     try:
         life(path, faults, disk, ending)
     except Crash:
-        disk.cut_power()
+        disk.cut_power(path)
         return True
     return False
 
@@ -111,6 +111,23 @@ def test_any_change_may_fail_and_be_tried_again(tmp_path, ending):
         store.close()
         check_end(path, ending)
     assert at > 60
+
+
+def test_lines_that_were_written_but_not_counted_are_not_published(tmp_path):
+    faults = Faults()
+    store = quick_store(tmp_path / "store", faults)
+    store.recover()
+    batch = start(store, 2)
+    rows = store.pending_rows(batch.id)
+    faults.at, faults.mode = faults.count + 3, "once"  # write, sync, BEGIN
+    long = b'{"custom_id": "request-0", "outcome": "completed", "padding": "' + b"x" * 999 + b'"}'
+    with pytest.raises(StoreFull):
+        store.record_results(batch.id, [RowResult(0, "completed", long)])
+    assert faults.fired and store.folder.of_batch(batch.id, "output.jsonl").stat().st_size == len(long) + 1
+    store.record_results(batch.id, [answer(store, batch.id, row) for row in rows])
+    store.start_finalizing(batch.id)
+    check_results(store, store.finish_batch(batch.id, "completed"))
+    store.close()
 
 
 def check_results_while_serving(store: SQLiteStore, batch) -> None:

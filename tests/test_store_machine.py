@@ -82,7 +82,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert wanted is None and before.matches(found)
         except Crash:
             abandon(self.store)
-            self.disk.cut_power()
+            self.disk.cut_power(self.store.path)
             after = [model for model in (before, wanted) if model]
             self.store = quick_store(Path(self.folder.name) / "store", clock=self.clock)
             found = self.store.get_batch(batch_id)

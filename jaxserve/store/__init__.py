@@ -221,8 +221,8 @@ class Store(Protocol):
     # Life -------------------------------------------------------------------------------------------------------------
 
     def recover(self) -> tuple[Batch, ...]:
-        """Once after opening, before any other call: repairs what a crash left half done (aborted uploads, unpublished
-        results, lines that were written but never counted), drops expired files, returns `active_batches()`.
+        """Once after opening, before any other call: removes what a crash left half done (aborted uploads,
+        unpublished results), drops expired files, fails batches whose bytes are gone, returns `active_batches()`.
 
         The caller goes on with each by its status: validating: validate again; in_progress: run `pending_rows`;
         finalizing: `finish_batch`; cancelling: record the pending rows as unexecuted, then `finish_batch`.

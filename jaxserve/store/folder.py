@@ -37,7 +37,9 @@ class Folder:
         self.path, self.disk = path, disk
         self.incoming, self.files, self.batches = path / "incoming", path / "files", path / "batches"
         self.database, self.reserve = path / "store.sqlite3", path / "reserve"
-        disk.make_folder(path)
+        if not path.exists():
+            disk.make_folder(path)
+            disk.sync_folder(path.parent)
         self.lock = self._lock()
         try:
             for folder in (self.incoming, self.files, self.batches):

@@ -1,8 +1,8 @@
 """The default store: records in SQLite, bytes in files beside it, one process at a time (see folder for the tree).
 
 A result line is appended to the batch's own output or error file and synced; then one transaction counts it and moves
-the length that counts. Whatever lies behind that length never happened: the next append overwrites it, recover cuts it.
-So publishing is a hard link and one transaction, and needs neither memory nor room for the results.
+the length that counts. What lies behind that length never happened: the next append overwrites it, publishing cuts it.
+Publishing is a hard link and one transaction: it needs neither memory nor room for the results.
 """
 
 import hashlib
@@ -123,7 +123,7 @@ class SQLiteStore:
             self._tidy()
             self.expire_files()
             for batch in self.active_batches():
-                self._repair(batch)
+                self._check_bytes(batch)
             return self.active_batches()
 
     def _clean_batches(self) -> None:
@@ -142,14 +142,12 @@ class SQLiteStore:
         except (OSError, sqlite3.Error) as error:
             log.warning("could not clean up in %s: %s", self.path, error)
 
-    def _repair(self, batch: Batch) -> None:
-        """Cuts lines that were written but never counted; fails a batch whose counted bytes are gone."""
+    def _check_bytes(self, batch: Batch) -> None:
+        """Fails a batch whose counted bytes, or input, are gone."""
         for name, num_bytes in zip((OUTPUT, ERROR), self._counted_bytes(batch.id), strict=True):
             path = self.folder.of_batch(batch.id, name)
             found = path.stat().st_size if path.exists() else -1
-            if found > num_bytes:
-                self.disk.truncate(path, num_bytes)
-            elif found < num_bytes or not self.folder.of_batch(batch.id, INPUT).exists():
+            if found < num_bytes or not self.folder.of_batch(batch.id, INPUT).exists():
                 log.error("batch %s: %s has %d of %d bytes; it fails", batch.id, path, found, num_bytes)
                 lost = BatchError("storage_error", "The stored data of this batch are damaged; create it again.")
                 self.fail_batch(batch.id, [lost])
@@ -403,7 +401,9 @@ class SQLiteStore:
         files: dict[str, StoredFile] = {}
         for kind, num_bytes in zip(("output", "error"), self._counted_bytes(batch.id), strict=True):
             source = self.folder.of_batch(batch.id, f"{kind}.jsonl")
-            num_bytes = min(num_bytes, source.stat().st_size if source.exists() else 0)  # less: damaged, see _repair
+            num_bytes = min(
+                num_bytes, source.stat().st_size if source.exists() else 0
+            )  # less: damaged, see _check_bytes
             if num_bytes == 0:
                 continue
             self.disk.truncate(source, num_bytes)
