@@ -8,11 +8,15 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -281,6 +285,28 @@ def check_no_strays(store: SQLiteStore) -> None:
     assert {path.name: path.stat().st_size for path in store.folder.files.iterdir()} == recorded
     assert not list(store.folder.incoming.iterdir())
     assert {path.name for path in store.folder.batches.iterdir()} == {batch.id for batch in store.active_batches()}
+
+
+@contextmanager
+def small_file_system(path: Path, mebibytes: int = 8) -> Generator[Path, None, None]:
+    """A file system of that size at path."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system that is small enough")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Takes what room there is with a file."""
+    with path.open("wb", buffering=0) as file:
+        for size in (65536, 4096):
+            with suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import pytest
 from jaxserve.utils import _free_port
 from tests.batch_inputs import FINAL, jsonl, lines_of, upload
 from tests.fakes import write_byte_level
+from tests.stores import fill, small_file_system
 from tests.tiny_llama import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ class Site:
         """real_cache: of compiled programs, for a real engine; None: a scripted one."""
         self.folder, self.rng, self.real = folder, rng, real_cache is not None
         self.cache = real_cache or str(folder / "cache")
+        self.storage = folder / "storage"
         self.log = folder / "server.log"
         self.num_starts = self.num_kills = self.num_engine_kills = 0
         self.cancel_sent = False
@@ -69,7 +71,7 @@ class Site:
             "--log-level-http": "warning",
             "--max-running-requests": 4,
             "--max-model-len": 256,
-            "--file-storage-path": self.folder / "storage",
+            "--file-storage-path": self.storage,
         }
         command = [*main, *(str(part) for pair in flags.items() for part in pair)]
         environ = os.environ | {"ENGINE_PID_FILE": str(self.folder / "engine.pid"), "JAX_PLATFORMS": "cpu"}
@@ -196,7 +198,7 @@ def survive(site: Site, num_kills: int, num_lines: int, cancel: bool = False) ->
         site.client.files.delete(each.input_file_id)
         for file_id in filter(None, (each.output_file_id, each.error_file_id)):
             assert site.client.files.delete(file_id).deleted
-    assert not list(site.client.files.list()) and not list((site.folder / "storage" / "files").iterdir())
+    assert not list(site.client.files.list()) and not list((site.storage / "files").iterdir())
     site.stop()
     print(f"{site.num_kills} kills ({site.num_engine_kills} of the engine alone), {site.num_starts} starts")
 
@@ -224,3 +226,34 @@ def test_a_cancelled_batch_survives_kills_of_the_server(tmp_path, rng):
 def test_a_batch_survives_kills_of_a_server_with_a_real_engine(tmp_path, rng, cache_dir):
     with Site(tmp_path, rng, cache_dir) as site:
         survive(site, num_kills=6 if SLOW else 1, num_lines=500 if SLOW else 200)
+
+
+@pytest.mark.timeout(600)
+def test_a_full_disk_fails_the_batch_and_leaves_the_server_serving(tmp_path, rng):
+    with small_file_system(tmp_path / "small") as small, Site(tmp_path, rng) as site:
+        site.storage = small / "storage"
+        site.start()
+        site.wait_ready()
+        file = upload(site.client, jsonl(request_line(number) for number in range(400)))
+        options: Any = {"endpoint": "/v1/completions", "completion_window": "24h"}
+        site.client.batches.create(input_file_id=file.id, **options)
+        while site.batch().request_counts.completed < 10:
+            time.sleep(0.02)
+        fill(small / "other")
+        batch = site.finish()
+        assert batch.status == "failed" and [error.code for error in batch.errors.data] == ["storage_full"]
+        output, error = lines_of(site.client, batch.output_file_id), lines_of(site.client, batch.error_file_id)
+        assert (len(output), len(error)) == (batch.request_counts.completed, batch.request_counts.failed)
+        assert 10 <= len(output) < 360
+
+        fill(small / "another")
+        with pytest.raises(openai.APIStatusError) as refusal:
+            upload(site.client, b"x" * 100_000)
+        assert refusal.value.status_code == 507
+        assert site.client.completions.create(model=MODEL, prompt="a", max_tokens=2).choices[0].text
+        assert site.client.files.delete(batch.output_file_id).deleted
+        (small / "other").unlink()
+        (small / "another").unlink()
+        site.client.batches.create(input_file_id=file.id, **options)
+        check_results(site, site.finish(), 400)
+        site.stop()

@@ -21,7 +21,9 @@ from tests.stores import (
     check_no_strays,
     check_results,
     drive,
+    fill,
     quick_store,
+    small_file_system,
     start,
     upload,
 )
@@ -170,14 +172,8 @@ def test_a_disk_full_from_any_moment_on_fails_the_batch_and_nothing_else(tmp_pat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a file system that is small enough")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with small_file_system(tmp_path / "small") as path:
+        yield path
 
 
 def test_a_disk_that_is_really_full_fails_the_batch_and_leaves_the_store_serving(small_disk):
@@ -206,17 +202,6 @@ def test_a_disk_that_is_really_full_fails_the_batch_and_leaves_the_store_serving
     (small_disk / "other").unlink()
     assert start(store, 300).status == "in_progress"
     store.close()
-
-
-def fill(path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as file:
-        for size in (65536, 4096):
-            try:
-                while file.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                if size == 4096:
-                    raise
 
 
 def run_process(path: Path, num_lines: int, kill_after: float | None) -> bool:
