@@ -1,5 +1,5 @@
-"""Batches beside people: what a running batch costs an interactive client, what that client costs the batch, and how fast
-a batch is compared with the same requests sent by closed-loop clients. One run on one server; the ratios count.
+"""Batches beside people: what a running batch costs an interactive client, what that client costs the batch, and how
+fast a batch is compared with the same requests sent by closed-loop clients. One run on one server; the ratios count.
 
 python -m bench.batch --base-url http://127.0.0.1:30000 --output bench/results/batch.json
 """
@@ -158,9 +158,16 @@ async def _main(args: argparse.Namespace) -> dict[str, Any]:
     info = await get_json(api.base_url + "/get_server_info")
     model = info["server"]["served_model_names"][0]
     engine = {name: info["engine"][name] for name in ("platform", "device_kind", "dtype", "max_running")}
-    result = {"date": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "model_id": model, "engine": engine}
-    result["politeness"] = await politeness(api, args, model)
-    result["speed"] = await speed(api, args, model)
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
+        "model_id": model,
+        "engine": engine,
+    }
+    for part in (politeness, speed):
+        result[part.__name__] = await part(api, args, model)
+        if args.output:  # each part as soon as it is there
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -176,9 +183,6 @@ def main() -> int:
     print(f"interactive ITL p50 beside a batch:  {polite['itl_p50_ratio']:.2f} of alone")
     print(f"batch pace beside the client:        {polite['batch_pace_ratio']:.2f} of alone")
     print(f"batch against the best closed loop:  {fast['batch_to_best_closed_loop']:.2f}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
