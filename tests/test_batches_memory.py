@@ -32,7 +32,9 @@ def test_the_largest_input_costs_little_memory(tmp_path: Path):
         server.ready()
         http = httpx2.Client(timeout=300, trust_env=False)
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="None", max_retries=0, http_client=http)
-        small = client.files.create(file=("a.jsonl", jsonl([chat_line("a", model="model")])), purpose="batch")
+        small = client.files.create(
+            file=("a.jsonl", jsonl([chat_line("a", model="model", max_tokens=1)])), purpose="batch"
+        )
         window = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
         finish(client, client.batches.create(input_file_id=small.id, **window))
         before = most = resident(server.process.pid)
