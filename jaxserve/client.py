@@ -61,10 +61,10 @@ class RequestStream:
     dies. Whoever stops reading early must call abort() (try/finally).
     """
 
-    __slots__ = ("_client", "_ended", "_error", "_events", "_wake", "first_token_at", "id", "submitted_at")
+    __slots__ = ("_client", "_ended", "_error", "_events", "_wake", "first_token_at", "id", "priority", "submitted_at")
 
-    def __init__(self, client: "EngineClient", request_id: int) -> None:
-        self.id = request_id
+    def __init__(self, client: "EngineClient", request_id: int, priority: int = 0) -> None:
+        self.id, self.priority = request_id, priority
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None  # monotonic seconds, as submitted_at
         self._client = client
@@ -199,13 +199,19 @@ class EngineClient:
         return self._last_id
 
     def check_capacity(self, num_requests: int = 1) -> None:
-        """Raise EngineUnavailable or EngineOverloaded if num_requests more could not be submitted now."""
+        """Raise EngineUnavailable or EngineOverloaded if num_requests more could not be submitted now.
+
+        Only interactive requests count and are counted: whoever sends batch work bounds it himself.
+        """
         if self.ready is None or self.failure is not None or self._closing:
             raise EngineUnavailable(self._why_unavailable())
         limit = self.max_open_requests
-        if limit is not None and self.num_open + num_requests > limit:
+        if limit is None or not num_requests:
+            return
+        num_open = sum(stream.priority <= 0 for stream in self._streams.values())
+        if num_open + num_requests > limit:
             raise EngineOverloaded(
-                f"{self.num_open} requests are open and {num_requests} more were asked for; this server takes {limit} "
+                f"{num_open} requests are open and {num_requests} more were asked for; this server takes {limit} "
                 "(--max-queued-requests); try again later"
             )
 
@@ -214,8 +220,8 @@ class EngineClient:
 
         Raises EngineUnavailable before ready and after the engine ended, EngineOverloaded above max_open_requests.
         """
-        self.check_capacity(len(requests))
-        streams = [RequestStream(self, request.id) for request in requests]
+        self.check_capacity(sum(request.priority <= 0 for request in requests))
+        streams = [RequestStream(self, request.id, request.priority) for request in requests]
         self._streams.update((stream.id, stream) for stream in streams)
         self._outbox.put(AddRequests(tuple(requests)))
         return streams

@@ -18,6 +18,12 @@ def default_cache_dir(environ: Mapping[str, str], home: str) -> str:
     return environ.get("JAXSERVE_CACHE_DIR") or f"{base}/jaxserve"
 
 
+def default_storage_path(environ: Mapping[str, str], home: str) -> str:
+    """Where files and batches are kept unless --file-storage-path says otherwise: with the user's data, since a cache
+    may be emptied at any time."""
+    return f"{environ.get('XDG_DATA_HOME') or f'{home}/.local/share'}/jaxserve/files"
+
+
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """Rotary frequency scaling.
@@ -144,6 +150,8 @@ class EngineConfig:
     watchdog_timeout: float = 300.0  # seconds a step may take, compiles excluded; 0 = off
     random_seed: int = 0  # of dummy weights
     record_plans: str | None = None  # file that gets every step's plan when the engine ends: a debugging aid
+    max_batch_running: int | None = None  # rows of batch work in a step while somebody interactive is there
+    max_batch_prefill_tokens: int | None = None  # prompt tokens of batch work in a step, at such times
     log_level: str = "info"
 
 
@@ -170,3 +178,5 @@ class ServerConfig:
     log_level_http: str | None = None  # of the access log; None: log_level
     log_requests: bool = False  # one line per request: sizes and parameters, never its text
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish after SIGINT or SIGTERM
+    file_storage_path: str | None = None  # folder of files and batches; None: default_storage_path
+    batch_concurrency: int | None = None  # requests of batches in flight; None: twice the engine's rows

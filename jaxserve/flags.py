@@ -211,6 +211,31 @@ FLAGS: tuple[Flag, ...] = (
         "requests that may wait before others get 503 (default: no limit)",
         _at_least(0),
     ),
+    Flag(
+        ("--file-storage-path", "--file-storage-pth", "--batch-storage-dir"),
+        "server.file_storage_path",
+        "folder of files and batches (default: in the user's data, see Environment)",
+    ),
+    Flag(
+        ("--batch-concurrency",),
+        "server.batch_concurrency",
+        "requests of batches at work at once (default: twice --max-running-requests)",
+        _positive,
+    ),
+    Flag(
+        ("--batch-max-running",),
+        "engine.max_batch_running",
+        "sequences of batches that are decoded together while interactive requests are there (default: a quarter of "
+        "--max-running-requests, less one)",
+        _positive,
+    ),
+    Flag(
+        ("--batch-max-prefill-tokens",),
+        "engine.max_batch_prefill_tokens",
+        "prompt tokens of batches in one step at such times; rounded up to a page (default: a quarter of "
+        "--chunked-prefill-size)",
+        _positive,
+    ),
     Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", _positive),
     Flag(
         ("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", _seconds

@@ -64,8 +64,6 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--reasoning-parser": ((), "reasoning is not split off"),
     "--json-model-override-args": (("{}",), "edit a copy of config.json instead"),
     "--hf-overrides": (("{}",), "edit a copy of config.json instead"),
-    "--file-storage-path": ((), "files and batches are not there"),
-    "--file-storage-pth": ((), "files and batches are not there"),
     "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),
 }
 NOT_YET_SWITCHES: dict[str, str] = {

@@ -1,7 +1,7 @@
 """The front-end process: binds the port, brings the model, spawns the engine, serves HTTP, and ends in order.
 
 Exit codes: 0 asked to stop, 2 what the user can mend (flags, files, a taken port), 1 anything else. The environment is
-read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, JAXSERVE_API_KEY, HF_TOKEN.
+read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, XDG_DATA_HOME, JAXSERVE_API_KEY, HF_TOKEN.
 """
 
 import asyncio
@@ -10,12 +10,11 @@ import logging.config
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -23,12 +22,12 @@ from typing import Any, TypeVar
 import uvicorn
 
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
-from jaxserve.api.app import create_app
-from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient, EngineUnavailable
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir
+from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
 from jaxserve.progress import CLEAR_LINE, StageReporter
+from jaxserve.service import HttpService, Service, bind, open_store
+from jaxserve.store import StoreError
 from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineFailed, Progress, Ready
@@ -37,7 +36,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 EngineEntry = Callable[[Connection, EngineConfig], None]
 
-BACKLOG = 2048
 ENGINE_EXIT_TIMEOUT = 10.0  # seconds between Stop and the first harder means
 FAILURE_GRACE = 5.0  # seconds to tell open requests that the engine is gone
 POLL_SECONDS = 0.1
@@ -49,7 +47,7 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
 
     engine: what the child runs (tests bring their own).
     """
-    config = _with_environment(options, os.environ)
+    config = with_environment(options, os.environ)
     configure_logging(config)
     for warning in options.warnings:
         log.warning("%s", warning)
@@ -61,34 +59,32 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
         )
         return 2
     config = replace(config, port=listener.getsockname()[1])
+    try:
+        store, missing = open_store(config, default_storage_path(os.environ, os.path.expanduser("~")))
+    except StoreError as error:
+        log.error("%s", error)
+        return 2
+    try:
+        return run(replace(options, server=config), HttpService(config, listener, store, missing), engine)
+    finally:
+        if store is not None:
+            store.close()
+
+
+def run(options: Options, service: Service, engine: EngineEntry | None = None) -> int:
+    """Brings up the engine for a service and stays until one of the two ends; the process's exit code."""
     cache_dir = options.cache_dir or default_cache_dir(os.environ, os.path.expanduser("~"))
     loop_factory = uvicorn.Config(app="", loop="auto", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        options = replace(options, cache_dir=cache_dir, server=config)
-        front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), listener, engine or _run_engine)
+        options = replace(options, cache_dir=cache_dir)
+        front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), service, engine or _run_engine)
         return runner.run(front_end.run())
 
 
-def _with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
+def with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
     config = options.server
     key = config.api_key or environ.get("JAXSERVE_API_KEY") or None
     return replace(config, api_key=key, served_model_names=config.served_model_names or (options.model,))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, bound before anything heavy. Raises OSError when the address is taken or unknown."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it: 40 ms a reply
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
 
 
 def configure_logging(config: ServerConfig) -> None:
@@ -147,19 +143,11 @@ def _run_engine(connection: Connection, config: EngineConfig) -> None:
     main(connection, config)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: FrontEnd decides what a signal means."""
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 class FrontEnd:
-    """One run of the server: its HTTP side, its engine process, and what has become of both."""
+    """One run: a service, its engine process, and what has become of both."""
 
-    def __init__(self, options: Options, hub_token: str | None, listener: socket.socket, engine: EngineEntry) -> None:
-        self.options, self.hub_token, self.listener, self.engine = options, hub_token, listener, engine
+    def __init__(self, options: Options, hub_token: str | None, service: Service, engine: EngineEntry) -> None:
+        self.options, self.hub_token, self.service, self.engine = options, hub_token, service, engine
         self.context = multiprocessing.get_context("spawn")
         self.process: Any = None
         self.started = time.monotonic()
@@ -167,29 +155,17 @@ class FrontEnd:
 
     async def run(self) -> int:
         """Serves until a signal, a failed start or the engine's end; the exit code."""
-        config = self.options.server
         ours, self.theirs = self.context.Pipe()
         self.client = EngineClient(ours)
-        app = create_app(self.client, config)
-        self.serving: Serving = app.state.serving
+        self.serving = self.service.attach(self.client)
         self.client.start()
         self.stop = asyncio.Event()
-        self.server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
-            )
-        )
         self._install_signal_handlers()
-        log.info("starting %s on %s; requests get 503 until it is ready", self.options.model, self._url())
-        http = asyncio.ensure_future(self.server.serve(sockets=[self.listener]))
+        service = asyncio.ensure_future(self.service.run())
         try:
-            return await self._watch(http)
+            return await self._watch(service)
         finally:
-            await self._shut_down(http)
+            await self._shut_down(service)
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
@@ -203,16 +179,16 @@ class FrontEnd:
         self.signalled = now
         if self.stop.is_set():
             log.warning("stopping now; open requests are dropped")
-            self.server.force_exit = True
+            self.service.hurry()
         self.stop.set()
 
-    async def _watch(self, http: "asyncio.Future[None]") -> int:
+    async def _watch(self, service: "asyncio.Future[int]") -> int:
         """Waits for the first thing that ends the server."""
         starting = asyncio.ensure_future(self._start())
         stopped = asyncio.ensure_future(self.stop.wait())
         failed = asyncio.ensure_future(self.client.wait_failed())
         reporting = asyncio.ensure_future(self._report_stages())
-        waiting: set[asyncio.Future[Any]] = {starting, stopped, failed, http}
+        waiting: set[asyncio.Future[Any]] = {starting, stopped, failed, service}
         try:
             while True:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -220,9 +196,8 @@ class FrontEnd:
                     return 0
                 if failed.done():
                     return await self._report_failure(failed.result())
-                if http.done():
-                    log.error("the HTTP server ended by itself")
-                    return 1
+                if service.done():
+                    return service.result()
                 code = self._start_result(starting)
                 if code is not None:
                     return code
@@ -312,13 +287,7 @@ class FrontEnd:
             ready.num_programs,
             ready.cache_misses,
         )
-        seconds = time.monotonic() - self.started
-        log.info("The server is fired up and ready to roll! %s/v1 (%.1f s)", self._url(), seconds)
-
-    def _url(self) -> str:
-        config = self.options.server
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+        self.service.on_ready(time.monotonic() - self.started)
 
     async def _report_failure(self, failure: EngineFailed) -> int:
         message = failure.message
@@ -332,16 +301,16 @@ class FrontEnd:
         log.error("the engine failed: %s", message)
         return failure.exit_code
 
-    async def _shut_down(self, http: "asyncio.Future[None]") -> None:
+    async def _shut_down(self, service: "asyncio.Future[int]") -> None:
         """Stops accepting, lets open requests finish for a while, stops the engine."""
         self.serving.stopping = True
-        if self.client.failure is not None:
-            self.server.config.timeout_graceful_shutdown = round(FAILURE_GRACE)
-        if self.client.num_open:
-            log.info("waiting for %d open requests", self.client.num_open)
-        self.server.should_exit = True
-        with suppress(asyncio.CancelledError):
-            await http
+        if not service.done():
+            await self.service.stop(
+                self.serving.config.shutdown_timeout if self.client.failure is None else FAILURE_GRACE
+            )
+            await asyncio.wait({service})
+            if not service.cancelled() and (error := service.exception()) is not None:
+                log.error("the service failed while it stopped", exc_info=error)
         await self.client.close()
         if self.process is not None:
             await _in_thread(self._end_process)

@@ -14,7 +14,8 @@ import uvicorn
 from jaxserve.api.app import create_app
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
-from jaxserve.launch import bind
+from jaxserve.service import bind
+from jaxserve.store import Store
 from jaxserve.text.tokenizer import Tokenizer
 from tests.fakes import Script, ScriptedEngine, say, write_byte_level
 
@@ -26,7 +27,16 @@ TOKENIZER = Tokenizer.from_folder(write_byte_level(Path(_folder.name)))
 class ApiServer:
     """A context manager: base URL, engine, and clients for one server. Texts are what choice 0, 1, … says."""
 
-    def __init__(self, *texts: str, script: Script | None = None, engine: dict[str, Any] | None = None, **config: Any):
+    def __init__(
+        self,
+        *texts: str,
+        script: Script | None = None,
+        engine: dict[str, Any] | None = None,
+        store: Store | None = None,
+        worker: dict[str, Any] | None = None,
+        **config: Any,
+    ):
+        self.store, self.worker_options = store, worker or {}
         self.engine = ScriptedEngine(script or say(TOKENIZER, *(texts or ("hello world",))), **(engine or {}))
         self.config = ServerConfig(**({"served_model_names": (MODEL,), "model_path": "/models/test"} | config))
         self.started = threading.Event()
@@ -41,7 +51,11 @@ class ApiServer:
 
     async def _serve(self) -> None:
         self.client = EngineClient(self.engine.client_end)
-        self.app = create_app(self.client, self.config, TOKENIZER)
+        self.app = create_app(self.client, self.config, TOKENIZER, self.store)
+        self.serving = self.app.state.serving
+        worker = self.serving.batch_worker
+        for name, value in self.worker_options.items():
+            setattr(worker, name, value)
         self.client.start()
         self.server = uvicorn.Server(
             uvicorn.Config(self.app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
@@ -49,10 +63,14 @@ class ApiServer:
         serving = asyncio.ensure_future(self.server.serve(sockets=[self.listener]))
         if self.engine._announce_ready:
             await self.client.wait_ready()
+            if worker is not None:
+                worker.start()
         while not self.server.started:
             await asyncio.sleep(0.01)
         self.started.set()
         await serving
+        if worker is not None:
+            await worker.stop()
         await self.client.close(0.5)
 
     def __enter__(self) -> Self:

@@ -29,6 +29,8 @@ class RealServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-m", "jaxserve", "--port", str(self.port), *flags]
+        if "--file-storage-path" not in flags:
+            command += ["--file-storage-path", str(log.with_suffix(".store"))]
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 command,

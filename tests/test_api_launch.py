@@ -43,7 +43,8 @@ class Launched:
             "--load-format",
             "dummy",
         ]
-        command += ["--cache-dir", str(folder / "cache"), *flags]
+        storage = ["--file-storage-path", str(folder / f"store{self.port}")]
+        command += ["--cache-dir", str(folder / "cache"), *storage, *flags]
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -41,6 +41,7 @@ ROOMS = {
     "jaxserve.foreign_flags": room(1),
     "jaxserve.progress": room(1),
     "jaxserve.utils": room(1),
+    "jaxserve.store": room(1),
     "kernels_pallas": room(1, others="jax numpy"),
     "checkpoints": room(1, others="jax numpy ml_dtypes orbax tensorstore gguf tokenizers huggingface_hub tqdm"),
     "jaxserve.flags": room(2, "jaxserve.config jaxserve.foreign_flags jaxserve.version", "yaml"),
@@ -60,15 +61,21 @@ ROOMS = {
     ),
     "jaxserve.api": room(
         4,
-        "jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.version",
+        "jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config jaxserve.version",
         "fastapi starlette pydantic orjson prometheus_client",
     ),
     "jaxserve.launch": room(
-        5,
-        "jaxserve.api jaxserve.text jaxserve.client jaxserve.types jaxserve.config jaxserve.flags jaxserve.progress "
-        "checkpoints.hub",
+        6,
+        "jaxserve.service jaxserve.api jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config "
+        "jaxserve.flags jaxserve.progress checkpoints.hub",
         "uvicorn",
         later="jaxserve.engine",
+    ),
+    "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
+    "jaxserve.offline": room(
+        7,
+        "jaxserve.launch jaxserve.service jaxserve.api jaxserve.client jaxserve.store jaxserve.config jaxserve.flags",
+        "orjson tqdm",
     ),
     "jaxserve.llm": room(
         5,
@@ -76,14 +83,21 @@ ROOMS = {
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.__main__": room(6, "jaxserve.flags", later="jaxserve.launch"),
+    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch jaxserve.offline"),
 }
 
 SCHEDULING_NEVER = {
     *("jax", "os", "socket", "random", "logging"),
     *("time", "threading", "asyncio", "multiprocessing", "concurrent", "queue"),
 }
-FRONT_END = ("jaxserve.api", "jaxserve.text", "jaxserve.client", "jaxserve.launch", "jaxserve.__main__")
+FRONT_END = (
+    "jaxserve.api",
+    "jaxserve.text",
+    "jaxserve.client",
+    "jaxserve.launch",
+    "jaxserve.offline",
+    "jaxserve.__main__",
+)
 WITHOUT_JAX = ("hub", "files", "gguf", "gguf_tokenizer", "pip_index", "storage")  # modules of checkpoints
 
 

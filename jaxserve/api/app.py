@@ -2,6 +2,7 @@
 
 import hmac
 import secrets
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import chat, completions, errors, native
+from jaxserve.api import batches, chat, completions, errors, files, native
+from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
 from jaxserve.api.metrics import Metrics
@@ -19,18 +21,29 @@ from jaxserve.api.schema import ChatRequest, CompletionRequest
 from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
+from jaxserve.store import Store
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.version import __version__
 
 Endpoint = Callable[[Serving, Request], Awaitable[Response]]
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})  # answered without an API key: load balancers and scrapers have none
+FILES_PATH = "/v1/files"
 MAX_REQUEST_ID = 128
 
 # paths, methods, endpoint, the model that documents the body
 ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] | None], ...] = (
     (("/v1/chat/completions",), ("POST",), chat.create_chat_completion, ChatRequest),
     (("/v1/completions",), ("POST",), completions.create_completion, CompletionRequest),
+    (("/v1/files",), ("POST",), files.create_file, None),
+    (("/v1/files",), ("GET",), files.list_files, None),
+    (("/v1/files/{file_id}",), ("GET",), files.get_file, None),
+    (("/v1/files/{file_id}",), ("DELETE",), files.delete_file, None),
+    (("/v1/files/{file_id}/content",), ("GET",), files.get_file_content, None),
+    (("/v1/batches",), ("POST",), batches.create_batch, None),
+    (("/v1/batches",), ("GET",), batches.list_batches, None),
+    (("/v1/batches/{batch_id}",), ("GET",), batches.get_batch, None),
+    (("/v1/batches/{batch_id}/cancel",), ("POST",), batches.cancel_batch, None),
     (("/v1/models",), ("GET",), native.list_models, None),
     (("/v1/models/{model:path}",), ("GET",), native.get_model, None),
     (("/health",), ("GET",), native.health, None),
@@ -45,13 +58,18 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
 )
 
 
-def create_app(client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None = None) -> FastAPI:
+def create_app(
+    client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None = None, store: Store | None = None
+) -> FastAPI:
     """The application around one engine.
 
-    app.state.serving is the Serving that launch completes while the server starts.
+    app.state.serving is the Serving that launch completes while the server starts; its batch_worker, there where
+    a store is given, waits for start().
     """
     name = config.served_model_names[0] if config.served_model_names else config.model_path
     serving = Serving(client, config, Metrics(client, name), tokenizer)
+    if store is not None:
+        serving.store, serving.batch_worker = store, BatchWorker(serving, store, concurrency=config.batch_concurrency)
     app = FastAPI(title="jaxserve", version=__version__, redirect_slashes=False)
     app.state.serving = serving
     for paths, methods, endpoint, model in ROUTES:
@@ -119,7 +137,8 @@ class Door:
             message = "Incorrect or missing API key. Send it as 'Authorization: Bearer <key>'."
             return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > self.max_body_size * MEBIBYTE:
+        limit = self.max_body_size * MEBIBYTE if path != FILES_PATH else sys.maxsize  # files have their own limits
+        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
             message = f"The request body is larger than {self.max_body_size} MiB (--max-body-size)."
             return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
         return None

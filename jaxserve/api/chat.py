@@ -1,6 +1,7 @@
 """POST /v1/chat/completions (OpenAI API reference, "Create chat completion")."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -33,6 +34,32 @@ from jaxserve.text.generate import Delta
 async def create_chat_completion(serving: Serving, http: Request) -> Response:
     """Every error is raised before the first byte of the reply."""
     body = await read_json(http, serving.config.max_body_size)
+    job = await _begin(serving, body)
+    if job.request.stream:
+        job = replace(job, deltas=at_least(job.deltas, serving.config.stream_interval))
+        return await begin_stream(http, with_errors(_events(serving, job)))
+    return json_response(await unless_disconnected(http, _whole(serving, job)))
+
+
+async def answer(serving: Serving, body: dict[str, Any], priority: int = 0) -> dict[str, Any]:
+    """The whole reply to a request that does not stream, for callers without an HTTP connection (batches).
+
+    Raises APIError and what errors.as_api_error knows.
+    """
+    return await _whole(serving, await _begin(serving, body, priority))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, ready to run."""
+
+    request: ChatRequest
+    reply: Reply
+    usage: Usage
+    deltas: Deltas
+
+
+async def _begin(serving: Serving, body: dict[str, Any], priority: int = 0) -> Job:
     serving.require_ready()
     request = parse_request(ChatRequest, body, serving.fields)
     serving.check_model(request.model)
@@ -41,16 +68,12 @@ async def create_chat_completion(serving: Serving, http: Request) -> Response:
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     wanted = sampling_request(request, max_tokens, num_logprobs)
     params = resolve(serving, wanted, len(prompt), request.num_choices)
-    deltas = deltas_of(
-        serving, [prompt], [params], generate_options(request, after_text=bool(request.continue_final_message))
-    )
+    options = generate_options(request, after_text=bool(request.continue_final_message), priority=priority)
+    deltas = deltas_of(serving, [prompt], [params], options)
     usage = Usage(len(prompt), serving.config.enable_cache_report)
     reply = new_reply(request, "chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion")
     log_request(serving, reply, request, params, len(prompt))
-    if request.stream:
-        deltas = at_least(deltas, serving.config.stream_interval)
-        return await begin_stream(http, with_errors(_events(serving, request, reply, deltas, usage)))
-    return await unless_disconnected(http, _whole(serving, request, reply, deltas, usage))
+    return Job(request, reply, usage, deltas)
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
@@ -90,7 +113,8 @@ def render(serving: Serving, request: ChatRequest) -> str:
         raise invalid_request(f"The chat template refused the messages: {error}", "messages") from None
 
 
-async def _whole(serving: Serving, request: ChatRequest, reply: Reply, deltas: Deltas, usage: Usage) -> Response:
+async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
+    request, reply, deltas, usage = job.request, job.reply, job.deltas, job.usage
     texts: list[list[str]] = [[] for _ in range(request.num_choices)]
     logprobs: list[dict[str, Any] | None] = [None] * request.num_choices
     ends: list[Delta | None] = [None] * request.num_choices
@@ -124,13 +148,12 @@ async def _whole(serving: Serving, request: ChatRequest, reply: Reply, deltas: D
             }
         )
     tail = {"usage": usage.as_dict(), "service_tier": None, "system_fingerprint": None}
-    return json_response({**reply.head(), "choices": choices, **tail})
+    return {**reply.head(), "choices": choices, **tail}
 
 
-async def _events(
-    serving: Serving, request: ChatRequest, reply: Reply, deltas: Deltas, usage: Usage
-) -> AsyncGenerator[bytes, None]:
+async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """Role chunk per index, content chunks, one finish chunk per index, usage if asked for, [DONE]."""
+    request, reply, deltas, usage = job.request, job.reply, job.deltas, job.usage
     tokenizer, _ = serving.require_ready()
     opened: set[int] = set()
 

@@ -1,7 +1,7 @@
 """POST /v1/completions (OpenAI API reference, "Create completion")."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -39,6 +39,7 @@ class Job:
     request: CompletionRequest
     reply: Reply
     usage: Usage
+    deltas: Deltas
     echoes: tuple[str, ...]
     num_logprobs: int | None
 
@@ -56,6 +57,22 @@ class Job:
 async def create_completion(serving: Serving, http: Request) -> Response:
     """Every error is raised before the first byte of the reply."""
     body = await read_json(http, serving.config.max_body_size)
+    job = await _begin(serving, body)
+    if job.request.stream:
+        job = replace(job, deltas=at_least(job.deltas, serving.config.stream_interval))
+        return await begin_stream(http, with_errors(_events(serving, job)))
+    return json_response(await unless_disconnected(http, _whole(serving, job)))
+
+
+async def answer(serving: Serving, body: dict[str, Any], priority: int = 0) -> dict[str, Any]:
+    """The whole reply to a request that does not stream, for callers without an HTTP connection (batches).
+
+    Raises APIError and what errors.as_api_error knows.
+    """
+    return await _whole(serving, await _begin(serving, body, priority))
+
+
+async def _begin(serving: Serving, body: dict[str, Any], priority: int = 0) -> Job:
     serving.require_ready()
     request = parse_request(CompletionRequest, body, serving.fields)
     serving.check_model(request.model)
@@ -68,13 +85,9 @@ async def create_completion(serving: Serving, http: Request) -> Response:
     echoes = _echoes(serving, request, prompts)
     usage = Usage(num_prompt, serving.config.enable_cache_report)
     reply = new_reply(request, "cmpl", "text_completion")
-    job = Job(request, reply, usage, echoes, request.logprobs)
+    deltas = deltas_of(serving, prompts, params, generate_options(request, after_text=True, priority=priority))
     log_request(serving, reply, request, params[0], num_prompt)
-    deltas = deltas_of(serving, prompts, params, generate_options(request, after_text=True))
-    if request.stream:
-        deltas = at_least(deltas, serving.config.stream_interval)
-        return await begin_stream(http, with_errors(_events(serving, job, deltas)))
-    return await unless_disconnected(http, _whole(serving, job, deltas))
+    return Job(request, reply, usage, deltas, echoes, request.logprobs)
 
 
 def _check(request: CompletionRequest) -> None:
@@ -138,12 +151,12 @@ def _columns(serving: Serving, job: Job) -> list[CompletionLogprobs]:
     return [CompletionLogprobs(tokenizer, skip, len(echo)) for echo in job.echoes for _ in range(job.num_choices)]
 
 
-async def _whole(serving: Serving, job: Job, deltas: Deltas) -> Response:
+async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     columns = _columns(serving, job)
     texts = [[echo] for echo in job.echoes for _ in range(job.num_choices)]
     ends: list[Delta | None] = [None] * len(texts)
     try:
-        async for index, delta in deltas:
+        async for index, delta in job.deltas:
             job.add_usage(index, delta)
             texts[index].append(delta.text)
             if job.num_logprobs is not None:
@@ -151,7 +164,7 @@ async def _whole(serving: Serving, job: Job, deltas: Deltas) -> Response:
             if delta.finish_reason is not None:
                 ends[index] = delta
     finally:
-        await deltas.aclose()
+        await job.deltas.aclose()
     choices = []
     for index, end in enumerate(ends):
         assert end is not None, "every choice ends with a finish reason"
@@ -165,10 +178,10 @@ async def _whole(serving: Serving, job: Job, deltas: Deltas) -> Response:
             }
         )
     tail = {"usage": job.usage.as_dict(), "system_fingerprint": None}
-    return json_response({**job.head(), "choices": choices, **tail})
+    return {**job.head(), "choices": choices, **tail}
 
 
-async def _events(serving: Serving, job: Job, deltas: Deltas) -> AsyncGenerator[bytes, None]:
+async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """Text chunks (the first begins with the echo), one finish chunk per index, usage if asked for, [DONE]."""
     columns = _columns(serving, job)
     opened: set[int] = set()
@@ -183,7 +196,7 @@ async def _events(serving: Serving, job: Job, deltas: Deltas) -> AsyncGenerator[
         return event(value)
 
     try:
-        async for index, delta in deltas:
+        async for index, delta in job.deltas:
             job.add_usage(index, delta)
             parts, text = [], delta.text
             logprobs = None
@@ -202,4 +215,4 @@ async def _events(serving: Serving, job: Job, deltas: Deltas) -> AsyncGenerator[
             yield event({**job.head(), "choices": [], "usage": job.usage.as_dict()})
         yield DONE
     finally:
-        await deltas.aclose()
+        await job.deltas.aclose()

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from jaxserve.client import EngineOverloaded, EngineUnavailable
+from jaxserve.store import StoreError, StoreFull
 from jaxserve.text.params import ParameterError
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def unsupported(message: str, param: str) -> APIError:
     return APIError(400, message, param=param, code="unsupported_parameter")
 
 
-def not_found(message: str, param: str | None = None, code: str = "not_found") -> APIError:
+def not_found(message: str, param: str | None = None, code: str | None = "not_found") -> APIError:
     return APIError(404, message, param=param, code=code)
 
 
@@ -87,6 +88,12 @@ def as_api_error(error: Exception) -> APIError | None:
         return unavailable(str(error), "server_overloaded")
     if isinstance(error, EngineUnavailable):
         return unavailable(str(error), "engine_unavailable")
+    if isinstance(error, StoreFull):
+        log.error("%s", error)
+        return APIError(507, "The server has no space left for files.", code="storage_full")
+    if isinstance(error, StoreError):
+        log.error("%s", error)
+        return APIError(500, "The server's storage failed. The server's log has the details.", code="storage_error")
     return None
 
 
@@ -128,7 +135,7 @@ async def _on_bug(request: Request, error: Exception) -> Response:
 
 def install(app: FastAPI) -> None:
     """Registers the handlers that give every error OpenAI's shape."""
-    for known in (APIError, ParameterError, EngineOverloaded, EngineUnavailable):
+    for known in (APIError, ParameterError, EngineOverloaded, EngineUnavailable, StoreError):
         app.add_exception_handler(known, _on_known_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -87,14 +87,18 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
     )
 
 
-def generate_options(request: GenerationRequest, *, after_text: bool) -> GenerateOptions:
-    """after_text: the reply goes on with the prompt's text instead of beginning a message."""
+def generate_options(request: GenerationRequest, *, after_text: bool, priority: int = 0) -> GenerateOptions:
+    """after_text: the reply goes on with the prompt's text instead of beginning a message.
+
+    priority: 0 interactive, 1 batch.
+    """
     skip = request.skip_special_tokens
     return GenerateOptions(
         stop=request.stops,
         include_stop=bool(request.include_stop_str_in_output or request.no_stop_trim),
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
+        priority=priority,
     )
 
 
@@ -132,7 +136,7 @@ def deltas_of(
     tokenizer, _ = serving.require_ready()
     num_choices = len(params[0])
     limit = serving.client.max_open_requests
-    if limit is not None and len(prompts) * num_choices > limit:
+    if options.priority <= 0 and limit is not None and len(prompts) * num_choices > limit:
         message = f"{len(prompts)} prompts with n = {num_choices} are more than this server takes at once ({limit})."
         raise invalid_request(message, "n")
     sources = [
@@ -140,7 +144,9 @@ def deltas_of(
         for index, (prompt, choices) in enumerate(zip(prompts, params, strict=True))
     ]
     merged = sources[0] if len(sources) == 1 else _merge(sources)
-    return serving.metrics.measure(_refuse_aborts(merged))
+    # What a client waits for is measured; a batch waits on purpose, and would hide it.
+    refused = _refuse_aborts(merged)
+    return refused if options.priority > 0 else serving.metrics.measure(refused)
 
 
 async def _indexed(source: Deltas, first: int) -> Deltas:

@@ -5,6 +5,7 @@ Names are SGLang's with the prefix jaxserve:, plus vLLM's for the queue, the cac
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -57,6 +58,20 @@ class Metrics:
         self.open = Gauge(
             "jaxserve:num_open_requests", "Requests being answered now.", list(labels), registry=self.registry
         ).labels(**labels)
+        self.batch_results = Counter(
+            "jaxserve:batch_requests",
+            "Requests of batches by what became of them; unexecuted: cancelled or expired.",
+            [*labels, "state"],
+            registry=self.registry,
+        )
+        batch_gauge = Gauge(
+            "jaxserve:num_batch_requests",
+            "Requests of batches that are at work in the engine or wait in the store.",
+            [*labels, "state"],
+            registry=self.registry,
+        )
+        self.num_batch_running = batch_gauge.labels(**labels, state="running")
+        self.num_batch_pending = batch_gauge.labels(**labels, state="pending")
         self.labels = labels
         self.throughput = _Throughput(clock)
         client.observers.append(self.throughput.observe)
@@ -65,6 +80,14 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format 0.0.4."""
         return generate_latest(self.registry)
+
+    def batch_request(self) -> AbstractContextManager[None]:
+        """Around one request of a batch; its times are not measured, since it waits on purpose."""
+        return self.num_batch_running.track_inprogress()
+
+    def count_batch_result(self, state: str) -> None:
+        """state: completed, failed or unexecuted."""
+        self.batch_results.labels(**self.labels, state=state).inc()
 
     async def measure(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Passes the deltas of one request on and takes its times."""

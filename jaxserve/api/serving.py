@@ -4,15 +4,19 @@ yet."""
 import random
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.api.errors import APIError, not_found, unavailable
 from jaxserve.api.metrics import Metrics
 from jaxserve.api.schema import FieldLog
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
+from jaxserve.store import Store
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
+
+if TYPE_CHECKING:
+    from jaxserve.api.batch_worker import BatchWorker
 
 
 @dataclass
@@ -29,6 +33,9 @@ class Serving:
     progress: Progress | None = None  # of the stages before the engine speaks; then client.progress counts
     failure: str | None = None  # of the start, before there was an engine
     stopping: bool = False
+    store: Store | None = None  # of files and batches
+    store_missing: str = "this server was started without a place for them"
+    batch_worker: "BatchWorker | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
@@ -57,6 +64,13 @@ class Serving:
             raise unavailable(message, f"server_{stage['status']}", stage)
         assert self.tokenizer is not None and self.client.ready is not None
         return self.tokenizer, self.client.ready
+
+    def require_store(self) -> Store:
+        """Raises APIError 503 when this server keeps no files."""
+        if self.store is None:
+            message = f"Files and batches are not available: {self.store_missing}."
+            raise unavailable(message, "storage_unavailable")
+        return self.store
 
     def check_model(self, name: str) -> None:
         """Raises APIError 404 for a name that is not served."""

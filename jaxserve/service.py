@@ -1,0 +1,142 @@
+"""What the front end runs while there is an engine: the HTTP server with its store of files and batches."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Protocol
+
+import uvicorn
+
+from jaxserve.api.app import create_app
+from jaxserve.api.serving import Serving
+from jaxserve.client import EngineClient
+from jaxserve.config import ServerConfig
+from jaxserve.store import Store, StoreError
+from jaxserve.store.sqlite import SQLiteStore
+
+log = logging.getLogger(__name__)
+BACKLOG = 2048
+
+
+class Service(Protocol):
+    """What an engine is brought up for: the HTTP server, or one job."""
+
+    def attach(self, client: EngineClient) -> Serving:
+        """Before anything starts."""
+        ...
+
+    async def run(self) -> int:
+        """From the start of the engine on; returns the exit code when the service ends by itself."""
+        ...
+
+    def on_ready(self, seconds: float) -> None:
+        """The engine can serve, that long after its start."""
+        ...
+
+    async def stop(self, grace: float) -> None:
+        """Takes nothing new, and gives what is open `grace` seconds; run() has returned then."""
+        ...
+
+    def hurry(self) -> None:
+        """A second signal: drops what is open."""
+        ...
+
+
+class HttpService:
+    """The API over HTTP, and the batches."""
+
+    def __init__(self, config: ServerConfig, listener: socket.socket, store: Store | None, store_missing: str) -> None:
+        self.config, self.listener, self.store, self.store_missing = config, listener, store, store_missing
+        self.ended = asyncio.Event()
+
+    def attach(self, client: EngineClient) -> Serving:
+        app = create_app(client, self.config, store=self.store)
+        self.client, self.serving = client, app.state.serving
+        self.serving.store_missing = self.store_missing
+        self.server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", server_header=False))
+        return self.serving
+
+    async def run(self) -> int:
+        log.info(
+            "starting %s on %s; requests get 503 until it is ready", self.config.served_model_names[0], self._url()
+        )
+        try:
+            await self.server.serve(sockets=[self.listener])
+        finally:
+            self.ended.set()
+        if not self.serving.stopping:
+            log.error("the HTTP server ended by itself")
+        return 1
+
+    def on_ready(self, seconds: float) -> None:
+        if self.serving.batch_worker is not None:
+            self.serving.batch_worker.start()
+        log.info("The server is fired up and ready to roll! %s/v1 (%.1f s)", self._url(), seconds)
+
+    def _url(self) -> str:
+        config = self.config
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+    async def stop(self, grace: float) -> None:
+        self.server.config.timeout_graceful_shutdown = max(1, round(grace))
+        if self.serving.batch_worker is not None:
+            await self.serving.batch_worker.stop()
+        if self.client.num_open:
+            log.info("waiting for %d open requests", self.client.num_open)
+        self.server.should_exit = True
+        await self.ended.wait()
+
+    def hurry(self) -> None:
+        self.server.force_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: FrontEnd decides what a signal means."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before anything heavy. Raises OSError when the address is taken or unknown."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it: 40 ms a reply
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def open_store(config: ServerConfig, default: str) -> tuple[Store | None, str]:
+    """-> the store of files and batches, recovered; or None and why, where the user did not ask for it.
+
+    Raises StoreError when --file-storage-path names a folder that cannot be used.
+    """
+    try:
+        return recovered_store(config.file_storage_path or default), ""
+    except StoreError as error:
+        if config.file_storage_path is not None:
+            raise
+        log.warning("files and batches are not available: %s", error)
+        return None, str(error)
+
+
+def recovered_store(path: str) -> Store:
+    """Raises StoreLocked, StoreFull, StoreError."""
+    store = SQLiteStore(path)
+    try:
+        store.recover()
+    except BaseException:
+        store.close()
+        raise
+    return store
