@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
+from jaxserve.child import run_engine
 from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
@@ -77,7 +78,7 @@ def run(options: Options, service: Service, engine: EngineEntry | None = None) -
     loop_factory = uvicorn.Config(app="", loop="auto", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         options = replace(options, cache_dir=cache_dir)
-        front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), service, engine or _run_engine)
+        front_end = FrontEnd(options, os.environ.get("HF_TOKEN"), service, engine or run_engine)
         return runner.run(front_end.run())
 
 
@@ -134,13 +135,6 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return self.loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
-
-
-def _run_engine(connection: Connection, config: EngineConfig) -> None:
-    """The child's first function; the only place that reaches for the engine, and it runs in the other process."""
-    from jaxserve.engine.main import main
-
-    main(connection, config)
 
 
 class FrontEnd:

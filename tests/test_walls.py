@@ -59,6 +59,7 @@ ROOMS = {
         "jaxserve.client jaxserve.types jaxserve.config checkpoints.hub checkpoints.gguf",
         "transformers tokenizers jinja2",
     ),
+    "jaxserve.child": room(4, "jaxserve.config", later="jaxserve.engine"),
     "jaxserve.api": room(
         4,
         "jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config jaxserve.version",
@@ -66,10 +67,9 @@ ROOMS = {
     ),
     "jaxserve.launch": room(
         6,
-        "jaxserve.service jaxserve.api jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config "
-        "jaxserve.flags jaxserve.progress checkpoints.hub",
+        "jaxserve.child jaxserve.service jaxserve.api jaxserve.text jaxserve.client jaxserve.store jaxserve.types "
+        "jaxserve.config jaxserve.flags jaxserve.progress checkpoints.hub",
         "uvicorn",
-        later="jaxserve.engine",
     ),
     "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
     "jaxserve.offline": room(
