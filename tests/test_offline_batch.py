@@ -54,7 +54,10 @@ def ids(content: bytes) -> list[str]:
 
 
 def wait_for_results(journal: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until `count` results are on disk; the process holds the store, so its files are looked at."""
+    """Until `count` results are on disk; the process holds the store, so its files are looked at.
+
+    A line is written before its transaction: the last of them may not count yet.
+    """
     deadline = time.monotonic() + 40
     while sum(path.read_bytes().count(b"\n") for path in journal.glob("batches/*/output.jsonl")) < count:
         assert process.poll() is None, process.communicate()
@@ -97,7 +100,7 @@ def test_the_same_command_goes_on_after_an_interruption(folder: Path, number: in
     store = SQLiteStore(folder / "out.jsonl.journal")
     (batch,) = store.recover()
     store.close()
-    assert 20 <= batch.num_completed < 300
+    assert 20 - 4 <= batch.num_completed < 300
     if number == signal.SIGINT:
         assert "the same command goes on" in err
     code, _, err = finish(begin(folder, "in.jsonl", "out.jsonl"))
