@@ -17,7 +17,7 @@ class SamplingParams:
     The order of operations is penalties, logit_bias, min_tokens -> temperature -> top_k -> top_p -> min_p.
     """
 
-    max_tokens: int  # >= 1, and num_prompt + max_tokens <= max_model_len
+    max_tokens: int  # >= 1, and num_prompt + max_tokens <= max_model_len; 0 only with num_prompt_logprobs
     seed: int  # 64 bits, unsigned; the front end draws one when the client gives none
     choice: int = 0  # index of the choice among n; part of the random key
     temperature: float = 1.0  # 0 = greedy
@@ -33,6 +33,8 @@ class SamplingParams:
     num_logprobs: int | None = (
         None  # None: no log-probabilities; 0: of the sampled token; n <= 20: and of the n likeliest
     )
+
+    num_prompt_logprobs: int | None = None  # the same for every token of the prompt; such a prompt is computed whole
 
     @property
     def needs_penalties(self) -> bool:
@@ -53,6 +55,8 @@ class Request:
     params: SamplingParams
     priority: int = 0  # 0 interactive, 1 batch
     namespace: int = 0  # part of the prefix cache's key (adapter, cache salt)
+    grammar: str | None = None  # llguidance's JSON, checked by the front end: the output is a sentence of it
+    task: Literal["generate", "embed"] = "generate"  # embed: one vector and no token
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,26 @@ class StepEvents:
     cached_tokens: tuple[int, ...]  # prompt tokens of this request that came from the prefix cache
     logprobs: tuple[TokenLogprobs | None, ...]
     stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Engine -> front end: a part of a prompt's log-probabilities, in order, all parts before the first token.
+
+    logprobs[i] is of the prompt's token first + i; None for token 0, which nothing precedes.
+    """
+
+    request_id: int
+    first: int
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Engine -> front end: the vector of an "embed" request, before the event that ends it with "stop"."""
+
+    request_id: int
+    vector: bytes  # [E] float32, pooled as the model says and normalised to length 1
 
 
 # Front end -> engine
@@ -161,4 +185,4 @@ class EngineFailed:
 
 
 ToEngine = AddRequests | AbortRequests | FlushCache | Stop
-FromEngine = StepEvents | Progress | Ready | EngineFailed
+FromEngine = StepEvents | PromptLogprobs | Embedded | Progress | Ready | EngineFailed
