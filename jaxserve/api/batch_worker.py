@@ -37,8 +37,8 @@ T = TypeVar("T")
 Answer = Callable[[Serving, dict[str, Any], int], Awaitable[dict[str, Any]]]
 
 ANSWERS: dict[str, Answer] = {
-    "/v1/chat/completions": chat.answer,
-    "/v1/completions": completions.answer,
+    "/v1/chat/completions": chat.ROUTE.answer,
+    "/v1/completions": completions.ROUTE.answer,
 }
 
 PRIORITY = 1  # below interactive requests

@@ -1,6 +1,8 @@
 """/v1/batches (OpenAI API reference, "Batch"): a file of requests, answered when there is time."""
 
 import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
@@ -135,28 +137,28 @@ def _output_expiry(value: Any) -> int:
     return check_expiry("output_expires_after", value.get("anchor"), value.get("seconds"))
 
 
-def no_such_batch(batch_id: str) -> APIError:
-    """OpenAI's 404; its code is null."""
-    return not_found(f"No batch found with id '{batch_id[:100]}'.", None, None)
+@contextmanager
+def _known(batch_id: str) -> Generator[None]:
+    """OpenAI's 404 for an id that the store does not know; its code is null."""
+    try:
+        yield
+    except NoSuchBatch:
+        raise not_found(f"No batch found with id '{batch_id[:100]}'.", None, None) from None
 
 
 async def get_batch(serving: Serving, http: Request) -> Response:
     """The batch as it stands; its request_counts are live."""
     batch_id = http.path_params["batch_id"]
-    try:
+    with _known(batch_id):
         batch = await asyncio.to_thread(serving.require_store().get_batch, batch_id)
-    except NoSuchBatch:
-        raise no_such_batch(batch_id) from None
     return json_response(batch_object(batch))
 
 
 async def list_batches(serving: Serving, http: Request) -> Response:
     """Query: after, limit (1 to 100). Newest first."""
     after, limit = http.query_params.get("after"), integer_query(http, "limit", 20, 1, 100)
-    try:
+    with _known(str(after)):
         page = await asyncio.to_thread(serving.require_store().list_batches, after=after, limit=limit)
-    except NoSuchBatch:
-        raise no_such_batch(str(after)) from None
     return json_response(page_object([batch_object(batch) for batch in page.items], page.has_more))
 
 
@@ -164,9 +166,8 @@ async def cancel_batch(serving: Serving, http: Request) -> Response:
     """-> the batch in "cancelling"; what was answered by then is kept. 409 when it has ended otherwise."""
     batch_id = http.path_params["batch_id"]
     try:
-        batch = await asyncio.to_thread(serving.require_store().cancel_batch, batch_id)
-    except NoSuchBatch:
-        raise no_such_batch(batch_id) from None
+        with _known(batch_id):
+            batch = await asyncio.to_thread(serving.require_store().cancel_batch, batch_id)
     except WrongStatus as error:
         message = f"Cannot cancel a batch with status '{error.batch.status}'."
         raise APIError(409, message, code=None) from None

@@ -1,7 +1,7 @@
 """POST /v1/completions (OpenAI API reference, "Create completion")."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -23,8 +23,9 @@ from jaxserve.api.generation import (
     sampling_request,
     with_errors,
 )
-from jaxserve.api.http import DONE, begin_stream, event, json_response, read_json, unless_disconnected
+from jaxserve.api.http import DONE, event
 from jaxserve.api.logprobs import CompletionLogprobs
+from jaxserve.api.route import Route
 from jaxserve.api.schema import CompletionRequest, parse_request
 from jaxserve.api.serving import Serving
 from jaxserve.text.generate import Delta
@@ -44,6 +45,10 @@ class Job:
     num_logprobs: int | None
 
     @property
+    def stream(self) -> bool:
+        return bool(self.request.stream)
+
+    @property
     def num_choices(self) -> int:
         return self.request.num_choices
 
@@ -56,23 +61,10 @@ class Job:
 
 async def create_completion(serving: Serving, http: Request) -> Response:
     """Every error is raised before the first byte of the reply."""
-    body = await read_json(http, serving.config.max_body_size)
-    job = await _begin(serving, body)
-    if job.request.stream:
-        job = replace(job, deltas=at_least(job.deltas, serving.config.stream_interval))
-        return await begin_stream(http, with_errors(_events(serving, job)))
-    return json_response(await unless_disconnected(http, _whole(serving, job)))
+    return await ROUTE.respond(serving, http)
 
 
-async def answer(serving: Serving, body: dict[str, Any], priority: int = 0) -> dict[str, Any]:
-    """The whole reply to a request that does not stream, for callers without an HTTP connection (batches).
-
-    Raises APIError and what errors.as_api_error knows.
-    """
-    return await _whole(serving, await _begin(serving, body, priority))
-
-
-async def _begin(serving: Serving, body: dict[str, Any], priority: int = 0) -> Job:
+async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     serving.require_ready()
     request = parse_request(CompletionRequest, body, serving.fields)
     serving.check_model(request.model)
@@ -86,6 +78,8 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int = 0) -> J
     usage = Usage(num_prompt, serving.config.enable_cache_report)
     reply = new_reply(request, "cmpl", "text_completion")
     deltas = deltas_of(serving, prompts, params, generate_options(request, after_text=True, priority=priority))
+    if request.stream:
+        deltas = at_least(deltas, serving.config.stream_interval)
     log_request(serving, reply, request, params[0], num_prompt)
     return Job(request, reply, usage, deltas, echoes, request.logprobs)
 
@@ -181,7 +175,11 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     return {**job.head(), "choices": choices, **tail}
 
 
-async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
+def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
+    return with_errors(_chunks(serving, job))
+
+
+async def _chunks(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """Text chunks (the first begins with the echo), one finish chunk per index, usage if asked for, [DONE]."""
     columns = _columns(serving, job)
     opened: set[int] = set()
@@ -216,3 +214,6 @@ async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
         yield DONE
     finally:
         await job.deltas.aclose()
+
+
+ROUTE: Route[Job] = Route(_begin, _whole, _events)

@@ -11,7 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from jaxserve.api.chat import render
+from jaxserve.api.chat_turn import render
 from jaxserve.api.completions import check_ids
 from jaxserve.api.errors import invalid_request, unavailable
 from jaxserve.api.generation import encode, resolve
