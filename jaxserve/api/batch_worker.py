@@ -44,7 +44,7 @@ ANSWERS: dict[str, Answer] = {
 PRIORITY = 1  # below interactive requests
 ROWS_AHEAD = 2  # requests in flight for each row of the engine: one that runs, one that waits for its place
 TICK = 0.5  # seconds between two looks at the clock
-FILE_EXPIRY_INTERVAL = 60.0  # seconds between two removals of expired files
+FILE_EXPIRY_INTERVAL = 60.0  # seconds between two removals of expired files and responses
 RETRY_PAUSE = 5.0  # seconds until a store that failed is tried again
 MAX_ATTEMPTS = 3  # of a request that the engine gave up
 PAGE = 256  # rows read from the store at a time
@@ -134,6 +134,7 @@ class BatchWorker:
                 if now >= expiry_due:
                     expiry_due = now + FILE_EXPIRY_INTERVAL
                     await self.call(self.store.expire_files)
+                    await self.call(self.store.responses.expire)
             except StoreError as error:
                 log.error("files and batches: %s", error)
                 await asyncio.sleep(RETRY_PAUSE)
