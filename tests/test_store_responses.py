@@ -1,6 +1,7 @@
 """Stored responses: durable, alone, gone when their time has come."""
 
 import sqlite3
+from contextlib import suppress
 
 import pytest
 
@@ -63,10 +64,8 @@ def test_a_failure_at_any_change_stores_all_or_nothing(tmp_path):
             faults = Faults()
             store = quick_store(path, faults, FailingDisk(faults))
             faults.at, faults.mode, faults.count = at, mode, 0
-            try:
+            with suppress(StoreFull, Crash):
                 store.responses.put([stored(1), stored(2)])
-            except (StoreFull, Crash):
-                pass
             fired, faults.at = faults.fired, 0
             abandon(store)
             store = quick_store(path)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from jaxserve.api import chat, completions
+from jaxserve.api import chat, completions, responses
 from jaxserve.api.batch_lines import Interrupted, answered, check_input, not_executed
 from jaxserve.api.errors import as_api_error, internal_error
 from jaxserve.api.http import MEBIBYTE
@@ -39,6 +39,7 @@ Answer = Callable[[Serving, dict[str, Any], int], Awaitable[dict[str, Any]]]
 ANSWERS: dict[str, Answer] = {
     "/v1/chat/completions": chat.ROUTE.answer,
     "/v1/completions": completions.ROUTE.answer,
+    "/v1/responses": responses.ROUTE.answer,
 }
 
 PRIORITY = 1  # below interactive requests
@@ -348,7 +349,12 @@ class _Run:
 
 
 def _usage(body: dict[str, Any]) -> Usage:
-    """The tokens of one reply, by the names of chat, completions and embeddings."""
+    """The tokens of one reply, by the names of chat, completions and embeddings, or by those of responses."""
     usage = body["usage"]
+    if "input_tokens" in usage:
+        cached = usage["input_tokens_details"]["cached_tokens"]
+        reasoning = usage["output_tokens_details"]["reasoning_tokens"]
+        return Usage(usage["input_tokens"], cached, usage["output_tokens"], reasoning)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return Usage(usage["prompt_tokens"], cached, usage.get("completion_tokens", 0))
+    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)
+    return Usage(usage["prompt_tokens"], cached, usage.get("completion_tokens", 0), reasoning)
