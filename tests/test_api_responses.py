@@ -10,6 +10,9 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from jaxserve.api.response_items import checked_items
+from jaxserve.api.response_request import REFUSED_IN_RESPONSES, as_chat_request, parse_response_request
+from jaxserve.api.schema import FieldLog
 from jaxserve.store.sqlite import SQLiteStore
 from tests.api_server import MODEL, TOKENIZER, ApiServer, error_of
 from tests.stores import Faults, quick_store
@@ -381,24 +384,6 @@ REFUSALS: list[tuple[dict[str, Any], str | None]] = [
     ({"store": "yes"}, "store"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
-    ({"background": True}, "background"),
-    ({"conversation": "conv_1"}, "conversation"),
-    ({"prompt": {"id": "p"}}, "prompt"),
-    ({"context_management": [{"type": "compaction"}]}, "context_management"),
-    ({"moderation": {}}, "moderation"),
-    ({"messages": []}, "messages"),
-    ({"max_tokens": 5}, "max_tokens"),
-    ({"max_completion_tokens": 5}, "max_completion_tokens"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ({"logprobs": True}, "logprobs"),
-    ({"n": 2}, "n"),
-    ({"functions": [{}]}, "functions"),
-    ({"function_call": {"name": "f"}}, "function_call"),
-    ({"continue_final_message": True}, "continue_final_message"),
-    ({"add_generation_prompt": False}, "add_generation_prompt"),
-    ({"rid": "x"}, "rid"),
-    ({"request_id": "x"}, "request_id"),
     ({"previous_response_id": 5}, "previous_response_id"),
     ({"lora_path": "x"}, "lora_path"),
 ]
@@ -410,9 +395,77 @@ def test_what_is_wrong_is_a_400_that_names_the_field(server, fields, param):
         assert error_of(respond(server, **stream, **fields), 400)["param"] == param
 
 
-def test_neutral_values_of_refused_fields_are_accepted(server):
-    answer(server, background=False, n=1, logprobs=False, conversation=None, truncation="disabled", tools=[])
-    answer(server, include=[], tool_choice="auto", parallel_tool_calls=False, access_programs={"x": 1})
+@pytest.mark.parametrize(("name", "rule"), REFUSED_IN_RESPONSES.items(), ids=list(REFUSED_IN_RESPONSES))
+def test_what_chat_calls_otherwise_is_refused_and_says_why(server, name, rule):
+    error = error_of(respond(server, **{name: {"something": "else"}}), 400)
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter") and rule.why in error["message"]
+    for neutral in (None, *rule.neutral):
+        answer(server, **{name: neutral})
+
+
+def test_what_asks_for_nothing_is_accepted(server):
+    answer(server, truncation="disabled", tools=[], include=[], tool_choice="auto", parallel_tool_calls=False)
+    answer(server, include=["reasoning.encrypted_content"], access_programs={"x": 1})
+
+
+# What chat does for this route ----------------------------------------------------------------------------------------
+
+
+def translated(fields: dict[str, Any]) -> dict[str, Any]:
+    """The body that chat's schema is given."""
+    seen: dict[str, Any] = {}
+
+    def parse(kind, body, log):
+        seen.update(body)
+
+    body = {"model": MODEL, "input": "hi"} | fields
+    request = parse_response_request(body)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxserve.api.response_request.parse_request", parse)
+        as_chat_request(request, body, checked_items(body["input"]), FieldLog())
+    return seen
+
+
+TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+
+
+def test_tools_are_handed_to_chat_in_its_own_form():
+    body = translated({"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False})
+    inner = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+    assert body["tools"] == [{"type": "function", "function": inner}]
+    assert (body["tool_choice"], body["parallel_tool_calls"]) == ("required", False)
+    named = {"type": "function", "function": {"name": "f"}}
+    assert translated({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}})["tool_choice"] == named
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}
+    expected = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}}
+    assert translated({"tools": [TOOL], "tool_choice": allowed})["tool_choice"] == expected
+    assert "tools" not in translated({}) and "tool_choice" not in translated({"tool_choice": "auto"})
+
+
+def test_a_text_format_is_handed_to_chat_in_its_own_form():
+    schema = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
+    inner = {"name": "n", "schema": {"type": "object"}, "strict": True}
+    assert translated({"text": {"format": schema}})["response_format"] == {"type": "json_schema", "json_schema": inner}
+    assert translated({"text": {"format": {"type": "json_object"}}})["response_format"] == {"type": "json_object"}
+    assert translated({"reasoning": {"effort": "low"}})["reasoning_effort"] == "low"
+
+
+def test_what_the_assistant_did_in_a_row_is_one_message():
+    items = [
+        {"role": "user", "content": "weather?"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"role": "assistant", "content": "I look."},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sun"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "rain"}]},
+        {"role": "assistant", "content": "Both."},
+    ]
+    user, asked, one, two, said = translated({"input": items})["messages"]
+    assert user == {"role": "user", "content": "weather?"} and said == {"role": "assistant", "content": "Both."}
+    assert (asked["content"], asked["reasoning_content"]) == ("I look.", "hm")
+    assert [(call["id"], call["function"]["name"]) for call in asked["tool_calls"]] == [("c1", "f"), ("c2", "g")]
+    assert one == {"role": "tool", "tool_call_id": "c1", "content": "sun"} and two["content"] == "rain"
 
 
 def test_an_unknown_model_and_wrong_pages_are_refused(server):

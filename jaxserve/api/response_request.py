@@ -41,7 +41,7 @@ class ResponseStreamOptions(BaseModel):
 
 
 class ResponseRequest(BaseModel):
-    """POST /v1/responses. What is not named here goes to chat's schema: sampling parameters, stop, seed and the like."""
+    """POST /v1/responses. What is not named here goes to chat's schema: seed, stop, penalties and the like."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -75,7 +75,7 @@ class ResponseRequest(BaseModel):
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
 
-# Of what chat's schema would take or ignore. The last group: without effect on the answer, so never passed on.
+# Of what chat's schema would take or ignore, and what OpenAI has here beyond chat.
 REFUSED_IN_RESPONSES: dict[str, Refused] = {
     "messages": Refused("this route takes input; send messages to /v1/chat/completions"),
     "prompt": Refused("prompt templates are not kept here; send instructions and input"),

@@ -1,5 +1,5 @@
-"""Stored replies of /v1/responses in the store's database: each is one row that stands alone, so that deleting one never
-breaks a conversation that went on from it."""
+"""Stored replies of /v1/responses in the store's database: each is one row that stands alone, so that deleting one
+never breaks a conversation that went on from it."""
 
 import zlib
 from collections.abc import Callable, Sequence
