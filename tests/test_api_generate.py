@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from jaxserve.api.generate_schema import REFUSED_IN_GENERATE, REFUSED_IN_SAMPLING
+from jaxserve.api.schema import Refused
 from tests.api_server import TOKENIZER, ApiServer, error_of, events
 from tests.real_engines import RealServer
 
@@ -168,10 +170,33 @@ def test_a_wrong_generate_is_400_and_names_the_field(server: ApiServer, body: di
         assert len(error["message"]) < 600
 
 
-def test_refused_native_fields_have_neutral_values_and_unknown_ones_are_accepted(server: ApiServer):
-    sampling = {"stop_regex": [], "custom_params": {}, "new_thing": 1, "spaces_between_special_tokens": True}
-    generate(server, image_data=[], priority=0, lora_path="", log_metrics=True, model="any", sampling_params=sampling)
+REFUSED = [(name, rule, False) for name, rule in REFUSED_IN_GENERATE.items()]
+REFUSED += [(name, rule, True) for name, rule in REFUSED_IN_SAMPLING.items()]
+
+
+@pytest.mark.parametrize(("name", "rule", "inside"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_refused_native_field_is_a_400_that_says_why(server: ApiServer, name: str, rule: Refused, inside: bool):
+    def body(value: Any) -> dict[str, Any]:
+        return {"text": "hi"} | ({"sampling_params": {name: value}} if inside else {name: value})
+
+    error = error_of(server.post("/generate", body({"neutral": "nowhere"})), 400)
+    assert error["param"] == ("sampling_params." if inside else "") + name and rule.why in error["message"]
+    for neutral in (None, *rule.neutral):
+        assert server.post("/generate", body(neutral)).status_code == 200, neutral
+
+
+def test_unknown_native_fields_are_accepted_and_logged_once(server: ApiServer):
+    plain = generate(server, sampling_params={"seed": 1})
+    extra = generate(server, log_metrics=True, model="any", sampling_params={"seed": 1, "new_thing": 1})
+    assert plain["text"] == extra["text"]
     assert {"log_metrics", "sampling_params.new_thing"} <= server.serving.fields.seen
+
+
+def test_log_probabilities_of_a_prompt_are_refused(server: ApiServer):
+    error = error_of(server.post("/generate", {"text": "hi", "return_logprob": True, "logprob_start_len": 0}), 400)
+    assert error["param"] == "logprob_start_len"
+    assert generate(server, return_logprob=True, logprob_start_len=-1)["meta_info"]["input_token_logprobs"] == []
+    assert generate(server, logprob_start_len=0)["text"]
 
 
 def test_generate_gives_the_same_text_as_completions(live: RealServer):
