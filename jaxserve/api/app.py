@@ -8,7 +8,19 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from jaxserve.api import admin, batches, chat, completions, errors, files, generate, native, responses
+from jaxserve.api import (
+    admin,
+    anthropic,
+    batches,
+    chat,
+    completions,
+    errors,
+    files,
+    generate,
+    native,
+    responses,
+)
+from jaxserve.api.anthropic_request import CountRequest, MessagesRequest
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.door import EXPOSED_HEADERS, Door
 from jaxserve.api.metrics import Metrics
@@ -33,6 +45,8 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/v1/responses/{response_id}",), ("DELETE",), responses.delete_response, None),
     (("/v1/responses/{response_id}/cancel",), ("POST",), responses.cancel_response, None),
     (("/v1/responses/{response_id}/input_items",), ("GET",), responses.list_input_items, None),
+    (("/v1/messages",), ("POST",), anthropic.create_message, MessagesRequest),
+    (("/v1/messages/count_tokens",), ("POST",), anthropic.count_tokens, CountRequest),
     (("/v1/files",), ("POST",), files.create_file, None),
     (("/v1/files",), ("GET",), files.list_files, None),
     (("/v1/files/{file_id}",), ("GET",), files.get_file, None),

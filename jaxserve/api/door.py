@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.api import running
-from jaxserve.api.errors import APIError
+from jaxserve.api.errors import ANTHROPIC_PATH, APIError
 from jaxserve.api.http import MEBIBYTE
 from jaxserve.config import ServerConfig
 
@@ -44,17 +44,19 @@ class Door:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                if scope["path"].startswith(ANTHROPIC_PATH):
+                    MutableHeaders(scope=message)["request-id"] = request_id  # Anthropic's name for it
             await send(message)
 
         refusal = self._refusal(scope["path"], headers)
-        await (self.app if refusal is None else refusal.response())(scope, receive, send_with_id)
+        await (self.app if refusal is None else refusal.response(scope["path"]))(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
         admin = path in ADMIN_PATHS and self.admin_key is not None
         key = self.admin_key if admin else self.key
         if key is not None and path not in OPEN_PATHS and not _holds(headers, key):
             name = "admin API key (--admin-api-key)" if admin else "API key"
-            message = f"Incorrect or missing {name}. Send it as 'Authorization: Bearer <key>'."
+            message = f"Incorrect or missing {name}. Send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
             return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "")
         limit = self.max_body_size * MEBIBYTE if path != FILES_PATH else sys.maxsize  # files have their own limits
