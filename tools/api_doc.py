@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxserve.api.generate_schema import REFUSED_IN_GENERATE, REFUSED_IN_SAMPLING
 from jaxserve.api.response_request import REFUSED_IN_RESPONSES
 from jaxserve.api.schema import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, WITHOUT_EFFECT, Refused
 
@@ -29,6 +30,9 @@ def tables() -> str:
     text += _refused("`/v1/chat/completions`", REFUSED_IN_CHAT)
     text += _refused("`/v1/completions`", REFUSED_IN_COMPLETIONS)
     text += _refused(RESPONSES, REFUSED_IN_RESPONSES, "test_what_chat_calls_otherwise_is_refused_and_says_why")
+    native = "test_every_refused_native_field_is_a_400_that_says_why"
+    text += _refused("`/generate`", REFUSED_IN_GENERATE, native)
+    text += _refused("`/generate`, in `sampling_params`", REFUSED_IN_SAMPLING, native)
     text += f"\n### Without effect on {BOTH}\n\n| field | why | test |\n|---|---|---|\n"
     for name, why in WITHOUT_EFFECT.items():
         text += f"| `{name}` | {why} | `test_fields_without_effect_change_nothing_and_are_logged_once` |\n"
