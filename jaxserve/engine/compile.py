@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxserve.engine import readout
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
@@ -111,12 +112,13 @@ class StagedStep:
         cache, size = state.cache, len(params.layers) // len(self.firsts)
         for run, first in enumerate(self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
+        prefilled = None
         if self.pick is not None:
-            hidden = self.pick(hidden, shared)
+            hidden, prefilled = self.pick(hidden, shared)
         last_token, sampling, output = self.finish(
             params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
         )
-        return DeviceState(cache, last_token, sampling), output
+        return DeviceState(cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Programs:
 
     steps: dict[Bucket, WholeStep | StagedStep]
     admit: Any
+    score: Any  # engine.readout
+    pool: Any
     count: int
 
 
@@ -139,12 +143,21 @@ def compile_programs(target: Target, buckets: Sequence[Bucket], progress: Callab
     """Lowering holds the GIL and runs here; compiling does not and runs in a pool."""
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
+    num_spans = max((bucket.num_chunks for bucket in buckets), default=0)
+    for name, lower in readout.lower(target.params, target.shape, target.replicated, num_spans).items():
+        builder.add(name, lower)
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
     with _precision(target.params):
         done = builder.compile(progress)
-    return Programs({bucket: builder.assemble(bucket, done) for bucket in buckets}, done["admit"], len(done))
+    return Programs(
+        steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
+        admit=done["admit"],
+        score=done["score"],
+        pool=done["pool"],
+        count=len(done),
+    )
 
 
 class _Builder:
@@ -185,9 +198,9 @@ class _Builder:
         )
         rows = hidden
         if bucket.num_prefill:
-            picked = functools.partial(pick, shape=t.shape)
+            picked = functools.partial(pick, shape=t.shape, bucket=bucket)
             self.add(("pick", bucket), lambda: self._lower(picked, hidden, shared))
-            rows = self._abstract(jax.eval_shape(picked, hidden, shared))
+            rows, _ = self._abstract(jax.eval_shape(picked, hidden, shared))
         finish = functools.partial(finish_step, shape=t.shape)
         arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
         self.add(("finish", bucket.num_rows), lambda: self._lower(finish, *arguments, donate=(3, 4)))
