@@ -62,9 +62,13 @@ def shared_folder(name: str) -> str:
     return write_tiny_llama(tempfile.mkdtemp(prefix=f"tiny-{name}-"), **MODELS[name])
 
 
-@functools.cache
 def shared_engine(name: str = "grouped") -> Engine:
     """Built once a session: "grouped" with every kind of step, the others small."""
+    return _built_engine(name)
+
+
+@functools.cache
+def _built_engine(name: str) -> Engine:
     return build_engine(shared_folder(name), **(FULL if name == "grouped" else SMALL))
 
 

@@ -2,6 +2,8 @@
 request; nothing is compiled for them after ready."""
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,9 @@ import pytest
 from engines import Answer, Driver, chunked, log_softmax, shared_engine, shared_folder
 from tiny_llama import numpy_forward, numpy_hidden, tiny_tokenizer
 
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.sizing import DeviceFacts, resolve
+from jaxserve.engine.weights import read_model_config
 from jaxserve.scheduling.picked import Picked
 from jaxserve.scheduling.scheduler import SchedulerConfig
 from jaxserve.types import SamplingParams
@@ -170,3 +175,25 @@ def test_nothing_is_compiled_for_readings_after_ready():
     before = engine.counter.after_ready
     driver(sizes_of(pooling="mean")).run([(draw_prompt(90), scored(2, 20)), (draw_prompt(70), None)])
     assert engine.counter.after_ready == before
+
+
+def pooling_file(**modes: bool) -> dict[str, Any]:
+    names = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+    return {"word_embedding_dimension": 64} | {f"pooling_mode_{name}": modes.get(name, False) for name in names}
+
+
+def test_the_model_says_how_its_vectors_are_pooled(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(shared_folder("grouped"), folder)
+    config = EngineConfig(str(folder), "cache")
+    assert read_model_config(config).pooling == "last"
+    (folder / "1_Pooling").mkdir()
+    for modes, pooling in (({"mean_tokens": True}, "mean"), ({"lasttoken": True}, "last")):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling_file(**modes)))
+        model = read_model_config(config)
+        assert model.pooling == pooling
+        assert resolve(model, config, DeviceFacts("cpu", 1, None)).scheduler.pooling == pooling
+    for modes in ({"cls_token": True}, {"max_tokens": True}, {"mean_tokens": True, "lasttoken": True}):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling_file(**modes)))
+        with pytest.raises(ConfigError, match="served"):
+            read_model_config(config)
