@@ -87,7 +87,7 @@ def lower(params: Params, shape: StepShape, replicated: NamedSharding, num_spans
     pooling = (params.head, hidden, array((num_spans, 2), jnp.int32))
 
     def lowering(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:
-        program = jax.jit(functools.partial(function, shape=shape), out_shardings=replicated)
+        program = jax.jit(functools.partial(function, shape=shape), out_shardings=replicated, keep_unused=True)
         return lambda: program.lower(*arguments)
 
     return {"score": lowering(score, scoring), "pool": lowering(pool, pooling)}
