@@ -12,7 +12,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import batches, chat, completions, errors, files, native, responses
+from jaxserve.api import (
+    admin,
+    anthropic,
+    batches,
+    chat,
+    completions,
+    errors,
+    files,
+    generate,
+    native,
+    responses,
+    running,
+)
+from jaxserve.api.anthropic_request import CountRequest, MessagesRequest
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
@@ -42,6 +55,8 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/v1/responses/{response_id}",), ("DELETE",), responses.delete_response, None),
     (("/v1/responses/{response_id}/cancel",), ("POST",), responses.cancel_response, None),
     (("/v1/responses/{response_id}/input_items",), ("GET",), responses.list_input_items, None),
+    (("/v1/messages",), ("POST",), anthropic.create_message, MessagesRequest),
+    (("/v1/messages/count_tokens",), ("POST",), anthropic.count_tokens, CountRequest),
     (("/v1/files",), ("POST",), files.create_file, None),
     (("/v1/files",), ("GET",), files.list_files, None),
     (("/v1/files/{file_id}",), ("GET",), files.get_file, None),
@@ -61,7 +76,11 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/get_server_info", "/server_info"), ("GET",), native.get_server_info, None),
     (("/tokenize", "/v1/tokenize"), ("POST",), native.tokenize, native.TokenizeRequest),
     (("/detokenize", "/v1/detokenize"), ("POST",), native.detokenize, native.DetokenizeRequest),
-    (("/flush_cache",), ("GET", "POST"), native.flush_cache, None),
+    (("/generate",), ("POST", "PUT"), generate.generate_native, generate.GenerateRequest),
+    (("/flush_cache",), ("GET", "POST"), admin.flush_cache, None),
+    (("/abort_request",), ("POST",), admin.abort_request, admin.AbortRequest),
+    (("/get_load",), ("GET",), admin.get_load, None),
+    (("/v1/loads",), ("GET",), admin.loads, None),
 )
 
 
@@ -130,18 +149,21 @@ class Door:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope["jaxserve.request_id"] = request_id
+        running.begin(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC_PATH):
+                    MutableHeaders(scope=message)["request-id"] = request_id  # Anthropic's name for it
             await send(message)
 
         refusal = self._refusal(scope["path"], headers)
-        await (self.app if refusal is None else refusal.response())(scope, receive, send_with_id)
+        await (self.app if refusal is None else refusal.response(scope["path"]))(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
-        if path not in OPEN_PATHS and not self._allowed(headers.get("authorization", "")):
-            message = "Incorrect or missing API key. Send it as 'Authorization: Bearer <key>'."
+        if path not in OPEN_PATHS and not self._allowed(headers):
+            message = "Incorrect or missing API key. Send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
             return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "")
         limit = self.max_body_size * MEBIBYTE if path != FILES_PATH else sys.maxsize  # files have their own limits
@@ -150,13 +172,15 @@ class Door:
             return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
         return None
 
-    def _allowed(self, authorization: str) -> bool:
+    def _allowed(self, headers: Headers) -> bool:
+        """The key as OpenAI's clients send it, or as Anthropic's do."""
         if self.key is None:
             return True
-        scheme, _, token = authorization.partition(" ")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
         # Headers are latin-1 on the wire; compare_digest takes the same time whatever the token is.
-        same = hmac.compare_digest(token.strip().encode("latin-1", "replace"), self.key)
-        return same and scheme.lower() == "bearer"
+        same = [hmac.compare_digest(each.strip().encode("latin-1", "replace"), self.key) for each in given]
+        return any(same)
 
 
 def _request_id(given: str | None) -> str:
