@@ -43,7 +43,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
     enable_persistent_cache(config.compilation_cache_dir or os.path.join(config.cache_dir, "xla"))
-    devices = _devices(config)
+    devices = devices_of(config)
     platform = devices[0].platform
     model = read_model_config(config)
     sizes = resolve(model, config, DeviceFacts(platform, len(devices), _memory(devices[0])))
@@ -61,13 +61,13 @@ def build(config: EngineConfig, report: Report) -> Engine:
     runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, description, report)
-        runner.compile(jax.tree.map(Parameter.abstract, description), _compile_progress(report))
+        runner.compile(jax.tree.map(Parameter.abstract, description), compile_progress(report))
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))
 
 
-def _devices(config: EngineConfig) -> list[jax.Device]:
+def devices_of(config: EngineConfig) -> list[jax.Device]:
     """The devices to serve on: one, until meshes of several are served."""
     try:
         found = jax.devices() if config.device == "auto" else jax.devices(config.device)
@@ -90,7 +90,7 @@ def _memory(device: jax.Device) -> int | None:
     return int(limit / preallocated)
 
 
-def _compile_progress(report: Report) -> Callable[[int, int], None]:
+def compile_progress(report: Report) -> Callable[[int, int], None]:
     started, lock = time.monotonic(), threading.Lock()
 
     def progress(done: int, total: int) -> None:
