@@ -67,7 +67,6 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),
 }
 NOT_YET_SWITCHES: dict[str, str] = {
-    "--is-embedding": "embedding models are not there",
     "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
     "--enable-lora": "adapters are not there",
     "--enable-auto-tool-choice": "tool calling is not there",

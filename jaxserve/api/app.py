@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import batches, chat, completions, errors, files, native
+from jaxserve.api import batches, chat, completions, embeddings, errors, files, native
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
@@ -35,6 +35,8 @@ MAX_REQUEST_ID = 128
 ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] | None], ...] = (
     (("/v1/chat/completions",), ("POST",), chat.create_chat_completion, ChatRequest),
     (("/v1/completions",), ("POST",), completions.create_completion, CompletionRequest),
+    (("/v1/embeddings",), ("POST",), embeddings.create_embeddings, embeddings.EmbeddingRequest),
+    (("/encode",), ("POST",), embeddings.encode, embeddings.EncodeRequest),
     (("/v1/files",), ("POST",), files.create_file, None),
     (("/v1/files",), ("GET",), files.list_files, None),
     (("/v1/files/{file_id}",), ("GET",), files.get_file, None),

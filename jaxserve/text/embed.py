@@ -1,5 +1,7 @@
 """Prompt ids -> vectors: submits "embed" requests, waits for them, and aborts what nobody waits for any more."""
 
+import json
+import os
 from collections.abc import Sequence
 
 from jaxserve.client import EngineClient, EngineUnavailable, merge
@@ -33,3 +35,17 @@ async def embed_all(client: EngineClient, prompts: Sequence[Sequence[int]], prio
     finally:
         for stream in streams:
             stream.abort()
+
+
+def matryoshka_sizes(folder: str) -> tuple[int, ...] | None:
+    """The sizes that config.json says a vector may be cut to (Kusupati et al. 2022): matryoshka_dimensions, or () for
+    any where it says is_matryoshka; None where it says neither."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    sizes = config.get("matryoshka_dimensions")
+    if isinstance(sizes, list) and sizes:
+        return tuple(sorted(size for size in sizes if type(size) is int))
+    return () if config.get("is_matryoshka") is True else None
