@@ -250,20 +250,20 @@ def parse_fields(kind: type[M], body: dict[str, Any], refused: Mapping[str, Refu
         rule = refused.get(name)
         if rule is None:
             fields.note(name)
-        elif value is not None and not _is_neutral(value, rule.neutral):
+        elif value is not None and not is_neutral(value, rule.neutral):
             raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise _as_invalid_request(error, kind) from None
+        raise as_invalid_request(error, kind) from None
 
 
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     """Equality that keeps true apart from 1."""
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
 
 
-def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
+def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
     """The first thing pydantic found, in words that name the field as the client wrote it."""
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
@@ -282,5 +282,5 @@ def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Except
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic names the branch of a union in the path, as in 'list[str]'."""
-    return isinstance(part, str) and "[" in part
+    """pydantic names the branch of a union in the path, as in 'str' or 'list[str]'."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))

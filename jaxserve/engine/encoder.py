@@ -1,7 +1,6 @@
 """Encoders (BERT): their programs, and their turn in place of engine.loop's. The pipe speaks the same words."""
 
 import functools
-import itertools
 import logging
 import os
 import queue
@@ -18,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, EncoderConfig, EngineConfig
 from jaxserve.engine.build import Report, compile_progress, devices_of
-from jaxserve.engine.compile import CompileCounter, enable_persistent_cache
+from jaxserve.engine.compile import CompileCounter, compile_all, enable_persistent_cache, precision
+from jaxserve.engine.executables import ExecutableStore
 from jaxserve.engine.weights import load_params
 from jaxserve.model.bert import EncoderShape, describe, encode
 from jaxserve.model.llama import Layout
@@ -85,24 +85,28 @@ class EncoderRunner:
     def num_programs(self) -> int:
         return len(self._programs)
 
-    def compile(self, params: Params, progress: Callable[[int, int], None]) -> None:
-        """params: abstract arrays. Lowering holds the GIL and runs here; compiling runs in a pool."""
-        precise = jax.tree.leaves(params)[0].dtype == jnp.float32
-        counter = itertools.count(1)
+    def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
+        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
+        # The slowest first: the pool then ends evenly.
+        buckets = sorted(self._buckets, key=lambda b: -b.num_rows * b.num_tokens)
+        lowerings = {bucket: functools.partial(self._lower, params, bucket) for bucket in buckets}
+        store = None
+        if folder is not None:
+            store = ExecutableStore(folder, list(self._replicated.mesh.devices.flat), self._describe(params))
+            store.open()
+        with precision(params):
+            self._programs = compile_all(lowerings, progress, store)
+
+    def _lower(self, params: Params, bucket: EncoderBucket) -> Any:
+        batch = jax.ShapeDtypeStruct((bucket.num_rows, bucket.num_tokens + 1), jnp.int32, sharding=self._replicated)
         function = functools.partial(encode, shape=self._shape)
-        with (
-            jax.default_matmul_precision("highest" if precise else "default"),
-            ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool,
-        ):
-            futures = {}
-            for bucket in sorted(self._buckets, key=lambda b: -b.num_rows * b.num_tokens):
-                batch = jax.ShapeDtypeStruct(
-                    (bucket.num_rows, bucket.num_tokens + 1), jnp.int32, sharding=self._replicated
-                )
-                lowered = jax.jit(function, out_shardings=self._replicated).lower(params, batch)
-                futures[bucket] = pool.submit(lowered.compile)
-                futures[bucket].add_done_callback(lambda _: progress(next(counter), len(self._buckets)))
-            self._programs = {bucket: future.result() for bucket, future in futures.items()}
+        return jax.jit(function, out_shardings=self._replicated, keep_unused=True).lower(params, batch)
+
+    def _describe(self, params: Params) -> str:
+        """All that the programs are made from, the same text in every process."""
+        arrays, tree = jax.tree.flatten(params)
+        described = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in arrays]
+        return repr((self._shape.config, self._shape.layout, self._buckets, described, str(tree)))
 
     def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Take the parameters, and run every program once on padding."""
@@ -137,7 +141,8 @@ class Encoder:
 def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) -> Encoder:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
-    enable_persistent_cache(config.compilation_cache_dir or os.path.join(config.cache_dir, "xla"))
+    programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
+    enable_persistent_cache(os.path.join(programs, "xla"))
     devices = devices_of(config)
     platform = devices[0].platform
     max_len = _max_len(config, model)
@@ -150,7 +155,7 @@ def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) ->
     runner = EncoderRunner(EncoderShape(model, layout, structure), buckets, NamedSharding(mesh, PartitionSpec()))
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, description, report)
-        runner.compile(jax.tree.map(Parameter.abstract, description), compile_progress(report))
+        runner.compile(jax.tree.map(Parameter.abstract, description), compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Encoder(runner, buckets, max_len, dtype, counter, platform, devices[0].device_kind, _notes(config))
