@@ -12,7 +12,19 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import batches, chat, completions, embeddings, errors, files, native, responses
+from jaxserve.api import (
+    admin,
+    batches,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    files,
+    generate,
+    native,
+    responses,
+    running,
+)
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
@@ -63,7 +75,11 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/get_server_info", "/server_info"), ("GET",), native.get_server_info, None),
     (("/tokenize", "/v1/tokenize"), ("POST",), native.tokenize, native.TokenizeRequest),
     (("/detokenize", "/v1/detokenize"), ("POST",), native.detokenize, native.DetokenizeRequest),
-    (("/flush_cache",), ("GET", "POST"), native.flush_cache, None),
+    (("/generate",), ("POST", "PUT"), generate.generate_native, generate.GenerateRequest),
+    (("/flush_cache",), ("GET", "POST"), admin.flush_cache, None),
+    (("/abort_request",), ("POST",), admin.abort_request, admin.AbortRequest),
+    (("/get_load",), ("GET",), admin.get_load, None),
+    (("/v1/loads",), ("GET",), admin.loads, None),
 )
 
 
@@ -132,6 +148,7 @@ class Door:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope["jaxserve.request_id"] = request_id
+        running.begin(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

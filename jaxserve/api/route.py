@@ -28,7 +28,7 @@ class Route(Generic[J]):
     """
 
     begin: Callable[[Serving, dict[str, Any], int], Awaitable[J]]
-    whole: Callable[[Serving, J], Awaitable[dict[str, Any]]]
+    whole: Callable[[Serving, J], Awaitable[Any]]
     events: Callable[[Serving, J], AsyncGenerator[bytes, None]] | None = None  # None: no request of it streams
 
     async def respond(self, serving: Serving, http: Request) -> Response:

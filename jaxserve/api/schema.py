@@ -282,5 +282,7 @@ def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Excepti
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic names the branch of a union in the path, as in 'str' or 'list[str]'."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    """pydantic names the branch of a union in the path, as in 'list[str]', 'constrained-str' or a model's name."""
+    if isinstance(part, int):
+        return False
+    return "[" in part or "-" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")
