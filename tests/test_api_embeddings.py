@@ -213,6 +213,21 @@ def test_a_client_that_leaves_aborts_every_input():
         assert "jaxserve:num_aborted_requests_total" in server.http.get("/metrics").text
 
 
+def test_abort_request_ends_an_embedding_by_its_id():
+    with ApiServer() as server:
+        server.engine.hold()
+
+        def end() -> None:
+            server.engine.wait_until(lambda: len(server.engine.requests) == 2)
+            assert server.post("/abort_request", {"rid": "mine"}).json() == {"aborted": 1}
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        reply = server.post(PATH, {"model": MODEL, "input": ["a", "b"]}, headers={"x-request-id": "mine"})
+        assert error_of(reply, 400)["code"] == "request_aborted"
+        thread.join()
+
+
 def test_more_inputs_than_the_server_ever_takes_are_a_400():
     with ApiServer() as server:
         server.client.max_open_requests = 3

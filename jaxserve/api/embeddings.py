@@ -16,6 +16,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from jaxserve.api import running
 from jaxserve.api.completions import check_ids
 from jaxserve.api.errors import invalid_request, unsupported
 from jaxserve.api.generation import THREAD_CHARACTERS
@@ -23,6 +24,7 @@ from jaxserve.api.http import json_response, read_json, unless_disconnected
 from jaxserve.api.route import Route
 from jaxserve.api.schema import MAX_ID_LENGTH, Refused, TokenId, parse_fields
 from jaxserve.api.serving import Serving
+from jaxserve.client import EngineUnavailable
 from jaxserve.text.embed import embed_all
 
 MAX_INPUTS = 2048  # OpenAI's limit
@@ -173,9 +175,19 @@ async def _vectors(serving: Serving, job: Job) -> list["array[float]"]:
         found = await embed_all(serving.client, job.prompts, job.priority)
     else:
         with serving.metrics.measure_vectors(len(job.prompts)):
-            found = await embed_all(serving.client, job.prompts)
+            found = await _embed_for_caller(serving, job)
     vectors = [array("f", vector) for vector in found]
     return vectors if job.dimensions is None else [_cut(vector, job.dimensions) for vector in vectors]
+
+
+async def _embed_for_caller(serving: Serving, job: Job) -> list[bytes]:
+    caller = running.current()
+    try:
+        return await embed_all(serving.client, job.prompts, owner=caller)
+    except EngineUnavailable:
+        if caller is not None and caller.ended:
+            raise invalid_request("The request was ended by /abort_request.", code="request_aborted") from None
+        raise
 
 
 def _cut(vector: "array[float]", size: int) -> "array[float]":
@@ -216,6 +228,7 @@ async def encode(serving: Serving, http: Request) -> Response:
     prompts = await _prompts(serving, [inputs] if one else inputs, param, special=True)
     _check_capacity(serving, len(prompts), 0)
     ids = _request_ids(request.rid, len(prompts))
+    running.also_known_as(*ids)
     job = Job("", prompts, dimensions, base64=False, priority=0)
     vectors = await unless_disconnected(http, _vectors(serving, job))
     rows = [

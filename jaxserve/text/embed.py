@@ -15,15 +15,16 @@ async def embed(client: EngineClient, prompt_ids: Sequence[int], priority: int =
     return (await embed_all(client, [prompt_ids], priority))[0], len(prompt_ids)
 
 
-async def embed_all(client: EngineClient, prompts: Sequence[Sequence[int]], priority: int = 0) -> list[bytes]:
+async def embed_all(
+    client: EngineClient, prompts: Sequence[Sequence[int]], priority: int = 0, owner: object = None
+) -> list[bytes]:
     """prompts (1 to max_model_len ids each), priority 0 interactive, 1 batch -> a vector of each, in their order.
 
-    All are submitted as one message. A caller that is cancelled aborts them. Raises EngineUnavailable (the engine
-    ended, or gave a request up), EngineOverloaded.
+    owner: whom they are computed for (EngineClient.end_requests). All are submitted as one message; a caller that is
+    cancelled aborts them. Raises EngineUnavailable (the engine ended, or gave a request up), EngineOverloaded.
     """
-    streams = client.submit(
-        [Request(client.next_id(), tuple(ids), _NO_TOKEN, priority, task="embed") for ids in prompts]
-    )
+    requests = [Request(client.next_id(), tuple(ids), _NO_TOKEN, priority, task="embed") for ids in prompts]
+    streams = client.submit(requests, owner)
     try:
         async for _, events in merge(streams):
             if events[-1].finish_reason == "abort":
