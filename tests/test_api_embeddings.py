@@ -264,7 +264,7 @@ def test_a_server_of_embeddings_says_so_to_those_who_chat(how: str):
 
 
 def test_a_chat_server_embeds_too(server: ApiServer):
-    assert server.chat().status_code == 200 and embed(server, "hello").status_code == 200
+    assert server.complete().status_code == 200 and embed(server, "hello").status_code == 200
     assert server.http.get("/get_model_info").json()["is_generation"] is True
 
 
