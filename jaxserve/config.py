@@ -62,6 +62,7 @@ class ModelConfig:
     source_dtype: str = "float32"  # dtype the checkpoint was published in
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pooling: Literal["last", "mean"] = "last"  # the tokens that a prompt's vector is made of
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":

@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 
@@ -13,27 +14,38 @@ from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
 from checkpoints.llama import tensor_shapes
 from checkpoints.load import DummySource, Target, load
-from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig
+from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig, pooling_of
 from jaxserve.model.sharding import Params
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
+_POOLING = "1_Pooling"  # sentence-transformers' folder beside the model
 
 
 def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """config.json and generation_config.json of the model folder. Raises ConfigError."""
+    """config.json, generation_config.json and 1_Pooling/config.json of the model folder. Raises ConfigError."""
     path = os.path.join(config.model_path, "config.json")
     if not os.path.isfile(path):
         raise ConfigError(f"{config.model_path} holds no config.json; --model takes a folder in Hugging Face's format")
     generation = os.path.join(config.model_path, "generation_config.json")
     try:
-        return ModelConfig.from_hf(
+        model = ModelConfig.from_hf(
             {**_read_json(path), **(overrides or {})}, _read_json(generation) if os.path.isfile(generation) else None
         )
     except KeyError as error:
         raise ConfigError(f"{path} lacks {error}") from error
+    return replace(model, pooling=_decoder_pooling(config.model_path))
 
 
-_POOLING = "1_Pooling"
+def _decoder_pooling(folder: str) -> Literal["last", "mean"]:
+    path = os.path.join(folder, _POOLING, "config.json")
+    pooling = pooling_of(_read_json(path)) if os.path.isfile(path) else "last"
+    if pooling == "cls":
+        raise ConfigError(
+            f"{path} asks for the first token, which in this model sees no other; last and mean are served"
+        )
+    return pooling
+
+
 _SERVED_MODULES = ("Transformer", "Pooling", "Normalize")  # vectors are always normalised
 
 
