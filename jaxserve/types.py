@@ -93,7 +93,9 @@ class StepEvents:
     token)."""
 
     request_ids: tuple[int, ...]
-    token_ids: tuple[int | None, ...]  # None where a request ends without a token: "abort", or "stop" of an "embed"
+    token_ids: tuple[
+        int | None, ...
+    ]  # None where a request ends without a token: an "abort", the end of an "embed" or of a grammar
     finish_reasons: tuple[FinishReason | None, ...]
     cached_tokens: tuple[int, ...]  # prompt tokens of this request that came from the prefix cache
     logprobs: tuple[TokenLogprobs | None, ...]

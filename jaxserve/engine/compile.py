@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
 from jaxserve.model import sampling
 from jaxserve.model.sharding import Params
-from jaxserve.scheduling.plan import Bucket, packed_size
+from jaxserve.scheduling.plan import Bucket, num_words, packed_size
 from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,18 @@ class Target:
 
 
 class WholeStep:
-    """A step as one compiled program."""
+    """A step as one compiled program: it cannot begin before it has its masks."""
 
     def __init__(self, program: Any):
         self._program = program
 
-    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
-        return self._program(params, state, vector)
+    def begin(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, jax.Array]:
+        return state, vector
+
+    def finish(
+        self, params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        return self._program(params, state, vector, masks)
 
 
 @dataclass(frozen=True)
@@ -98,25 +103,32 @@ class StagedStep:
     """A step as a chain of compiled programs, one of which runs several times, on n layers each.
 
     XLA's CPU compiler takes 0.4 s a layer on two cores and shares nothing between equal layers; a call costs 0.1 ms.
+    All but the last program runs before the masks are known.
     """
 
-    begin: Any
+    first: Any  # step.begin
     layers: Any
     pick: Any | None  # None: every token is a row's last one
-    finish: Any
+    sample: Any  # step.finish
     firsts: tuple[jax.Array, ...]  # the number of the first layer of each run
 
-    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
-        hidden, shared = self.begin(params.embed, state.last_token, vector)
+    def begin(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, Any]:
+        hidden, shared = self.first(params.embed, state.last_token, vector)
         cache, size = state.cache, len(params.layers) // len(self.firsts)
         for run, first in enumerate(self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
         if self.pick is not None:
             hidden = self.pick(hidden, shared)
-        last_token, sampling, output = self.finish(
-            params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
+        return replace(state, cache=cache), (hidden, shared.rows)
+
+    def finish(
+        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        hidden, rows = begun
+        last_token, sampling, output = self.sample(
+            params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks
         )
-        return DeviceState(cache, last_token, sampling), output
+        return DeviceState(state.cache, last_token, sampling), output
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,15 @@ class _Builder:
             self.add(("pick", bucket), lambda: self._lower(picked, hidden, shared))
             rows = self._abstract(jax.eval_shape(picked, hidden, shared))
         finish = functools.partial(finish_step, shape=t.shape)
-        arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
+        arguments = (
+            t.params.embed,
+            t.params.head,
+            rows,
+            t.state.last_token,
+            t.state.sampling,
+            shared.rows,
+            self._masks(bucket),
+        )
         self.add(("finish", bucket.num_rows), lambda: self._lower(finish, *arguments, donate=(3, 4)))
 
     def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
@@ -198,10 +218,10 @@ class _Builder:
             return WholeStep(done["step", bucket])
         firsts = range(0, len(self.target.params.layers), size)
         return StagedStep(
-            begin=done["begin", bucket],
+            first=done["begin", bucket],
             layers=done["layers", bucket],
             pick=done.get(("pick", bucket)),
-            finish=done["finish", bucket.num_rows],
+            sample=done["finish", bucket.num_rows],
             firsts=tuple(jax.device_put(np.int32(first), self.target.replicated) for first in firsts),
         )
 
@@ -209,11 +229,17 @@ class _Builder:
         size = packed_size(bucket, self.target.shape.max_pages)
         return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.target.replicated)
 
+    def _masks(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        shape = (bucket.num_rows, num_words(self.target.shape.config.vocab_size))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.target.replicated)
+
     def _lower_whole(self, bucket: Bucket) -> Any:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
-        return jax.jit(function, donate_argnums=1, out_shardings=outputs).lower(t.params, t.state, self._vector(bucket))
+        return jax.jit(function, donate_argnums=1, out_shardings=outputs).lower(
+            t.params, t.state, self._vector(bucket), self._masks(bucket)
+        )
 
     def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         """Everything between the stages is replicated, but for the cache."""

@@ -19,6 +19,7 @@ from jaxserve.progress import CLEAR_LINE
 from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
 
 if TYPE_CHECKING:
+    from jaxserve.engine.grammars import Prepared
     from jaxserve.engine.loop import EngineLoop
 
 logger = logging.getLogger("jaxserve.engine")
@@ -48,7 +49,7 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
     """
     from checkpoints.files import CheckpointError
 
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToEngine | Prepared] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
     send = _sender(connection)
     try:
@@ -69,11 +70,12 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
 
 
 def _start(
-    config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
+    config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine | Prepared]", send: Callable[[FromEngine], None]
 ) -> "tuple[EngineLoop, Callable[[], None]]":
     """Sizes, then weights and programs side by side, then one run of each program. -> the loop, and what to call after
     it."""
     from jaxserve.engine.build import build
+    from jaxserve.engine.grammars import Grammars, load_vocabulary
     from jaxserve.engine.loop import EngineLoop, start_watchdog
     from jaxserve.engine.record import RecordingRunner
     from jaxserve.scheduling.scheduler import Scheduler
@@ -84,12 +86,15 @@ def _start(
         logger.warning("%s", note)
     scheduler = Scheduler(engine.sizes.scheduler)
     engine.counter.start_counting_this_thread()
+    vocabulary = (config.tokenizer_path or config.model_path, engine.model.vocab_size, engine.model.eos_token_ids)
+    grammars = Grammars(lambda: load_vocabulary(*vocabulary), inbox.put)
     recorder = RecordingRunner(engine.runner, config) if config.record_plans else None
     loop = EngineLoop(
         scheduler,
         recorder or engine.runner,
         inbox,
         send,
+        grammars=grammars,
         compilations=lambda: engine.counter.after_ready,
         overlap=not config.disable_overlap,
         decode_log_interval=config.decode_log_interval,
@@ -115,12 +120,13 @@ def _start(
             seconds=time.monotonic() - started,
         )
     )
+    grammars.load()  # while the first requests come in
     path = config.record_plans
     return loop, lambda: recorder.save(path) if recorder is not None and path is not None else None
 
 
 def _read(
-    connection: Connection, inbox: "queue.SimpleQueue[ToEngine]", on_disconnect: Callable[[], None] | None
+    connection: Connection, inbox: "queue.SimpleQueue[ToEngine | Prepared]", on_disconnect: Callable[[], None] | None
 ) -> None:
     try:
         while True:

@@ -2,12 +2,16 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxserve.scheduling import plan
 from jaxserve.scheduling.radix import Node
 from jaxserve.types import Request, SamplingParams
+
+if TYPE_CHECKING:  # llguidance takes 0.2 s to import
+    from jaxserve.scheduling.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +39,7 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix tree at the first admission
     was_admitted: bool = False
     done: bool = False
+    matcher: "Matcher | None" = None  # of request.grammar; it has taken in the tokens after the prompt
     node: Node | None = None  # waiting: deepest match so far; running: deepest own page in the tree
 
     @classmethod
