@@ -19,6 +19,7 @@ class GenerateOptions:
     include_stop: bool = False  # the stop string or stop token that ended the text is part of it
     skip_special_tokens: bool = True
     priority: int = 0  # 0 interactive, 1 batch
+    grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
 
 
@@ -52,7 +53,9 @@ async def generate(
     """
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]
-    streams = client.submit([Request(client.next_id(), tokens, each, options.priority) for each in params])
+    streams = client.submit(
+        [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in params]
+    )
     try:
         async for index, events in merge(streams):
             delta = choices[index].advance(events, streams[index])
