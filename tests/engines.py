@@ -27,9 +27,10 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.scheduling.grammar import Vocabulary
 from jaxserve.scheduling.plan import StepPlan
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
-from jaxserve.types import EngineStats, Request, SamplingParams, TokenLogprobs
+from jaxserve.types import EngineStats, Request, SamplingParams, StepEvents, TokenLogprobs
 from kernels_pallas.attention import choose
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -113,6 +114,7 @@ class Driver:
     runner: Runner
     config: SchedulerConfig
     overlap: bool = True
+    vocabulary: Vocabulary | None = None  # for requests with a grammar
     plans: list[StepPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,12 +126,16 @@ class Driver:
         return self.scheduler.stats()
 
     def run(
-        self, wanted: Iterable[tuple[Sequence[int], SamplingParams]], on_turn: Callable[[int], None] = lambda turn: None
+        self,
+        wanted: Iterable[tuple[Sequence[int], SamplingParams] | tuple[Sequence[int], SamplingParams, str | None]],
+        on_turn: Callable[[int], None] = lambda turn: None,
     ) -> list[Answer]:
-        """(prompt, params) of requests that arrive together -> their answers, in that order."""
+        """(prompt, params, grammar) of requests that arrive together -> their answers, in that order."""
         answers: dict[int, Answer] = {}
-        for prompt, params in wanted:
-            self.scheduler.add(Request(self._next_id, tuple(prompt), params), 0.0)
+        for prompt, params, *more in wanted:
+            grammar = more[0] if more else None
+            matcher = self.vocabulary.compile(grammar) if grammar is not None and self.vocabulary is not None else None
+            self.scheduler.add(Request(self._next_id, tuple(prompt), params, grammar=grammar), 0.0, matcher)
             answers[self._next_id] = Answer()
             self._next_id += 1
         flight: deque[tuple[StepPlan, Any]] = deque()
@@ -145,16 +151,23 @@ class Driver:
                 flight.append((plan, self.runner.launch(plan)))
             while len(flight) > (plan is not None):
                 self._commit(*flight.popleft(), answers)
+            if plan is not None and plan.is_constrained:
+                masks, events = self.scheduler.constrain(plan)
+                flight[-1][1].sample(masks)
+                self._read(events, answers)
             self.scheduler.check_invariants()
         return list(answers.values())
 
     def _commit(self, plan: StepPlan, handle: Any, answers: dict[int, Answer]) -> None:
-        events = self.scheduler.commit(plan, handle.result())
+        self._read(self.scheduler.commit(plan, handle.result()), answers)
+
+    def _read(self, events: StepEvents, answers: dict[int, Answer]) -> None:
         columns = (events.request_ids, events.token_ids, events.finish_reasons, events.cached_tokens, events.logprobs)
         for request_id, token, reason, cached, logprobs in zip(*columns, strict=True):
             answer = answers[request_id]
-            answer.token_ids.append(token)
-            answer.logprobs.append(logprobs)
+            if token is not None:
+                answer.token_ids.append(token)
+                answer.logprobs.append(logprobs)
             answer.cached_tokens = cached
             if reason is not None:
                 answer.reason = reason

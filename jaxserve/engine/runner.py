@@ -89,7 +89,7 @@ class ModelRunner:
         )
         self._admit(Admission(self._sizes.max_running, (), 0, (), ()))
         for done, bucket in enumerate(self._programs.steps, start=1):
-            self._begin(bucket, self.padding_plan(bucket))(None).token_ids.block_until_ready()
+            self._run(bucket, self.padding_plan(bucket)).token_ids.block_until_ready()
             progress(done, len(self._programs.steps))
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -110,6 +110,9 @@ class ModelRunner:
         arrays.slots[:] = self._sizes.max_running
         arrays.chunk_starts[:] = bucket.num_prefill
         return vector
+
+    def _run(self, bucket: Bucket, packed: np.ndarray) -> StepOutput:
+        return self._begin(bucket, packed)(None)
 
     def _begin(self, bucket: Bucket, packed: np.ndarray) -> Callable[[np.ndarray | None], StepOutput]:
         vector = jax.device_put(packed, self._replicated)
