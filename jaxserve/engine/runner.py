@@ -69,8 +69,8 @@ class ModelRunner:
         """What launch() takes."""
         return tuple(self._programs.steps)
 
-    def compile(self, params: Params, progress: Callable[[int, int], None]) -> None:
-        """params: abstract arrays with their shardings."""
+    def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
+        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
         target = Target(
             params=params,
             state=self._abstract_state(),
@@ -79,7 +79,7 @@ class ModelRunner:
             replicated=self._replicated,
             layers_per_program=layers_per_program(self._shape.config.num_layers, self._platform),
         )
-        self._programs = compile_programs(target, buckets(self._sizes), progress)
+        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
 
     def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Take the parameters, make the state, and run every program once on a plan that writes nothing."""
@@ -89,7 +89,7 @@ class ModelRunner:
         )
         self._admit(Admission(self._sizes.max_running, (), 0, (), ()))
         for done, bucket in enumerate(self._programs.steps, start=1):
-            self._run(bucket, self.padding_plan(bucket)).token_ids.block_until_ready()
+            self._run(bucket, self.padding_plan(bucket), warm_up=True).token_ids.block_until_ready()
             progress(done, len(self._programs.steps))
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -111,13 +111,16 @@ class ModelRunner:
         arrays.chunk_starts[:] = bucket.num_prefill
         return vector
 
-    def _run(self, bucket: Bucket, packed: np.ndarray) -> StepOutput:
-        return self._begin(bucket, packed)(None)
+    def _run(self, bucket: Bucket, packed: np.ndarray, *, warm_up: bool = False) -> StepOutput:
+        return self._begin(bucket, packed, warm_up=warm_up)(None)
 
-    def _begin(self, bucket: Bucket, packed: np.ndarray) -> Callable[[np.ndarray | None], StepOutput]:
+    def _begin(
+        self, bucket: Bucket, packed: np.ndarray, *, warm_up: bool = False
+    ) -> Callable[[np.ndarray | None], StepOutput]:
+        """Dispatch what needs no masks -> what dispatches the rest."""
         vector = jax.device_put(packed, self._replicated)
         step = self._programs.steps[bucket]
-        self._state, begun = step.begin(self._params, self._state, vector)
+        self._state, begun = step.begin(self._params, self._state, vector, warm_up=warm_up)
 
         def finish(masks: np.ndarray | None) -> StepOutput:
             given = self._open_masks(bucket.num_rows) if masks is None else jax.device_put(masks, self._replicated)
