@@ -2,15 +2,17 @@
 
 import asyncio
 
-from jaxserve.api.schema import GenerationRequest
+from pydantic import BaseModel
+
 from jaxserve.api.serving import Serving
 from jaxserve.text.grammar import FIELDS, grammar_of
 
 
-async def request_grammar(serving: Serving, request: GenerationRequest) -> str | None:
-    """None where nothing is asked. Raises ParameterError (400) that names the field and the problem.
+async def request_grammar(serving: Serving, request: BaseModel) -> str | None:
+    """request: of any route -> None where it asks for nothing. Raises ParameterError (400), which names the field and
+    the problem.
 
     Off the event loop: a large schema takes 0.1 s to check.
     """
-    fields = {name: value for name in FIELDS if (value := getattr(request, name)) is not None}
+    fields = {name: value for name in FIELDS if (value := getattr(request, name, None)) is not None}
     return await asyncio.to_thread(grammar_of, fields, serving.grammar_checker) if fields else None
