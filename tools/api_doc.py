@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxserve.api.anthropic_request import REFUSED_IN_MESSAGES
 from jaxserve.api.generate_schema import REFUSED_IN_GENERATE, REFUSED_IN_SAMPLING
 from jaxserve.api.response_request import REFUSED_IN_RESPONSES
 from jaxserve.api.schema import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, WITHOUT_EFFECT, Refused
@@ -14,6 +15,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- written by make docs from jaxserve/api/schema.py -->\n", "<!-- end -->"
 BOTH = "`/v1/chat/completions`, `/v1/completions`"
 RESPONSES = "`/v1/responses`, `/v1/responses/input_tokens`"
+MESSAGES = "`/v1/messages`"
+MESSAGES_TEST = "test_what_anthropic_has_beyond_this_server_is_refused_and_says_why"
 REFUSAL_TEST = "test_every_refused_field_is_a_400_that_says_why"
 
 
@@ -33,6 +36,7 @@ def tables() -> str:
     native = "test_every_refused_native_field_is_a_400_that_says_why"
     text += _refused("`/generate`", REFUSED_IN_GENERATE, native)
     text += _refused("`/generate`, in `sampling_params`", REFUSED_IN_SAMPLING, native)
+    text += _refused(MESSAGES, REFUSED_IN_MESSAGES, MESSAGES_TEST)
     text += f"\n### Without effect on {BOTH}\n\n| field | why | test |\n|---|---|---|\n"
     for name, why in WITHOUT_EFFECT.items():
         text += f"| `{name}` | {why} | `test_fields_without_effect_change_nothing_and_are_logged_once` |\n"

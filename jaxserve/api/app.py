@@ -12,7 +12,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import admin, batches, chat, completions, errors, files, generate, native, responses, running
+from jaxserve.api import (
+    admin,
+    anthropic,
+    batches,
+    chat,
+    completions,
+    errors,
+    files,
+    generate,
+    native,
+    responses,
+    running,
+)
+from jaxserve.api.anthropic_request import CountRequest, MessagesRequest
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
@@ -42,6 +55,8 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/v1/responses/{response_id}",), ("DELETE",), responses.delete_response, None),
     (("/v1/responses/{response_id}/cancel",), ("POST",), responses.cancel_response, None),
     (("/v1/responses/{response_id}/input_items",), ("GET",), responses.list_input_items, None),
+    (("/v1/messages",), ("POST",), anthropic.create_message, MessagesRequest),
+    (("/v1/messages/count_tokens",), ("POST",), anthropic.count_tokens, CountRequest),
     (("/v1/files",), ("POST",), files.create_file, None),
     (("/v1/files",), ("GET",), files.list_files, None),
     (("/v1/files/{file_id}",), ("GET",), files.get_file, None),
@@ -139,14 +154,16 @@ class Door:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC_PATH):
+                    MutableHeaders(scope=message)["request-id"] = request_id  # Anthropic's name for it
             await send(message)
 
         refusal = self._refusal(scope["path"], headers)
-        await (self.app if refusal is None else refusal.response())(scope, receive, send_with_id)
+        await (self.app if refusal is None else refusal.response(scope["path"]))(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
-        if path not in OPEN_PATHS and not self._allowed(headers.get("authorization", "")):
-            message = "Incorrect or missing API key. Send it as 'Authorization: Bearer <key>'."
+        if path not in OPEN_PATHS and not self._allowed(headers):
+            message = "Incorrect or missing API key. Send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
             return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "")
         limit = self.max_body_size * MEBIBYTE if path != FILES_PATH else sys.maxsize  # files have their own limits
@@ -155,13 +172,15 @@ class Door:
             return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
         return None
 
-    def _allowed(self, authorization: str) -> bool:
+    def _allowed(self, headers: Headers) -> bool:
+        """The key as OpenAI's clients send it, or as Anthropic's do."""
         if self.key is None:
             return True
-        scheme, _, token = authorization.partition(" ")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
         # Headers are latin-1 on the wire; compare_digest takes the same time whatever the token is.
-        same = hmac.compare_digest(token.strip().encode("latin-1", "replace"), self.key)
-        return same and scheme.lower() == "bearer"
+        same = [hmac.compare_digest(each.strip().encode("latin-1", "replace"), self.key) for each in given]
+        return any(same)
 
 
 def _request_id(given: str | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxserve.engine.grammars import Grammars, Prepared
 from jaxserve.scheduling.plan import StepPlan, StepResult
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, Request, StepEvents, Stop, ToEngine
 
@@ -133,7 +134,10 @@ class EngineLoop:
             self._scheduler.add(request, self._clock(), matcher)
 
     def _commit(self, plan: StepPlan, handle: Pending) -> StepEvents:
-        events = self._scheduler.commit(plan, handle.result(), self._compilations())
+        result = handle.result()
+        for message in read_messages(plan, result):
+            self._send(message)
+        events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
         return events
 

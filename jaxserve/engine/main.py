@@ -118,6 +118,7 @@ def _start(
             num_programs=engine.runner.num_programs,
             cache_misses=engine.counter.cache_misses,
             seconds=time.monotonic() - started,
+            embedding_size=engine.model.embed_dim,
         )
     )
     grammars.load()  # while the first requests come in

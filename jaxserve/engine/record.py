@@ -34,7 +34,7 @@ class RecordingRunner:
 
     def launch(self, plan: StepPlan) -> "RecordedHandle":
         # sequences are left out: they change, and hold every token of their request.
-        self._launched.append((replace(plan, sequences=()), self._clock()))
+        self._launched.append((replace(plan, sequences=(), readings=None), self._clock()))
         rows, step = np.flatnonzero(plan.arrays.flags & GRAMMAR), len(self._launched) - 1
 
         def on_masks(masks: np.ndarray) -> None:
