@@ -184,6 +184,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_key: str | None = None  # None: every bearer token is accepted
+    admin_api_key: str | None = None  # of the routes that change the server; None: api_key is theirs too
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server from a browser; "*": all
+    ssl_certfile: str | None = None  # PEM; None: plain HTTP
+    ssl_keyfile: str | None = None  # None: the key is in ssl_certfile
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None  # PEM of who may have signed the clients' certificates
+    ssl_cert_reqs: int = 0  # of clients, as in Python's ssl module: 0 none, 1 optional, 2 required
+    profile_dir: str | None = None  # folder of profiles; None: in the cache directory
     model_path: str = ""  # as resolved; reported by /get_model_info and /v1/models
     served_model_names: tuple[
         str, ...
