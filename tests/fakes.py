@@ -18,11 +18,14 @@ from jaxserve.types import (
     EngineStats,
     FinishReason,
     FlushCache,
+    ProfileReport,
     Progress,
     Ready,
     Request,
+    StartProfile,
     StepEvents,
     Stop,
+    StopProfile,
     TokenLogprobs,
 )
 
@@ -55,6 +58,7 @@ class ScriptedEngine:
         self.batches: list[tuple[int, ...]] = []  # ids of each AddRequests
         self.aborted: list[int] = []
         self.num_flushes = 0
+        self.profile: str | None = None  # folder of the one that is being taken
         self.stopped = False
         self._script = script
         self._ready = Ready(max_model_len, 16, 100, 8, vocab_size, "cpu", "scripted", 1, "float32", 0, 0, 0.0)
@@ -144,6 +148,12 @@ class ScriptedEngine:
                         self.send(self._events([(id_, None, "abort", 0, None) for id_ in known]))
                 case FlushCache():
                     self.num_flushes += 1
+                case StartProfile(folder):
+                    self.send(ProfileReport(self.profile or folder, None, conflict=self.profile is not None))
+                    self.profile = self.profile or folder
+                case StopProfile():
+                    self.send(ProfileReport(self.profile, None, conflict=self.profile is None))
+                    self.profile = None
                 case Stop():
                     self.stopped = True
 

@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.profile import Profiler
 from jaxserve.progress import CLEAR_LINE
-from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
+from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, StartProfile, Stop, StopProfile, ToEngine
 
 if TYPE_CHECKING:
     from jaxserve.engine.loop import EngineLoop
@@ -49,10 +50,11 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
     from checkpoints.files import CheckpointError
 
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
     send = _sender(connection)
+    profiler = Profiler(send)
+    threading.Thread(target=_read, args=(connection, inbox, profiler, on_disconnect), name="inbox", daemon=True).start()
     try:
-        loop, save_plans = _start(config, inbox, send)
+        loop, save_plans = _start(config, inbox, profiler.send)
         try:
             loop.run()
         finally:
@@ -121,12 +123,18 @@ def _start(
 
 
 def _read(
-    connection: Connection, inbox: "queue.SimpleQueue[ToEngine]", on_disconnect: Callable[[], None] | None
+    connection: Connection,
+    inbox: "queue.SimpleQueue[ToEngine]",
+    profiler: Profiler,
+    on_disconnect: Callable[[], None] | None,
 ) -> None:
     try:
         while True:
             message = connection.recv()
-            inbox.put(message)
+            if isinstance(message, StartProfile | StopProfile):
+                profiler.handle(message)
+            else:
+                inbox.put(message)
     except (EOFError, OSError):
         if on_disconnect is not None:
             on_disconnect()
