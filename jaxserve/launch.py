@@ -30,6 +30,7 @@ from jaxserve.progress import CLEAR_LINE, StageReporter
 from jaxserve.service import HttpService, Service, bind, open_store, tls_options
 from jaxserve.store import StoreError
 from jaxserve.text.chat_template import TemplateError
+from jaxserve.text.embed import matryoshka_sizes
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineFailed, Progress, Ready
 
@@ -232,6 +233,7 @@ class FrontEnd:
             config = replace(config, served_model_names=names)
         profiles = config.profile_dir or os.path.join(options.cache_dir or "", "profiles")
         self.serving.config = replace(config, model_path=resolved.folder, profile_dir=profiles)
+        self.serving.matryoshka = matryoshka_sizes(resolved.folder)
         engine_config = EngineConfig(
             model_path=resolved.folder,
             cache_dir=options.cache_dir or "",
@@ -279,14 +281,14 @@ class FrontEnd:
     def _announce(self, ready: Ready) -> None:
         config = self.serving.config
         log.info(
-            "model %s on %d %s (%s), %s, context %d tokens, KV cache %d tokens, %d programs, #cache_miss: %d",
+            "model %s on %d %s (%s), %s, context %d tokens, %s, %d programs, #cache_miss: %d",
             config.served_model_names[0],
             ready.num_devices,
             ready.platform,
             ready.device_kind,
             ready.dtype,
             ready.max_model_len,
-            ready.num_pages * ready.page_size,
+            f"KV cache {ready.num_pages * ready.page_size} tokens" if ready.generates else "embeddings only",
             ready.num_programs,
             ready.cache_misses,
         )

@@ -83,7 +83,7 @@ _PROFILE_FIELDS = {
 
 
 async def start_profile(serving: Serving, http: Request) -> Response:
-    """Begins a profile by jax.profiler, for TensorBoard or Perfetto: {"status", "folder"}, or 409 while one is taken."""
+    """Begins a profile by jax.profiler, for TensorBoard or Perfetto: {"status", "folder"}; 409 while one is taken."""
     body = await read_json(http, serving.config.max_body_size, may_be_empty=True)
     serving.require_ready()
     for name, rule in _PROFILE_FIELDS.items():
