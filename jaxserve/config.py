@@ -62,6 +62,7 @@ class ModelConfig:
     source_dtype: str = "float32"  # dtype the checkpoint was published in
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pooling: Literal["last", "mean"] = "last"  # the tokens that a prompt's vector is made of
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
@@ -121,6 +122,26 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
     raise ConfigError(f"rope scaling {kind!r} is not served; 'default', 'linear' and 'llama3' are")
 
 
+Pooling = Literal["mean", "cls", "last"]
+_POOLING_MODES: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean",  # the same direction, and vectors are normalised
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+def pooling_of(pooling: Mapping[str, Any]) -> Pooling:
+    """sentence-transformers' 1_Pooling/config.json -> how a text's tokens become one vector. Raises ConfigError."""
+    wanted = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value is True]
+    if isinstance(named := pooling.get("pooling_mode"), str):
+        wanted = [{"cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}.get(named, named)]
+        wanted = ["pooling_mode_mean_tokens" if name == "mean" else name for name in wanted]
+    if len(wanted) != 1 or wanted[0] not in _POOLING_MODES:
+        raise ConfigError(f"pooling by {' and '.join(wanted) or 'nothing'} is not served; mean, cls and last token are")
+    return _POOLING_MODES[wanted[0]]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process is told. None means: chosen from the model and the device, and said in the log."""
@@ -162,6 +183,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_key: str | None = None  # None: every bearer token is accepted
+    admin_api_key: str | None = None  # of the routes that change the server; None: api_key is theirs too
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server from a browser; "*": all
+    ssl_certfile: str | None = None  # PEM; None: plain HTTP
+    ssl_keyfile: str | None = None  # None: the key is in ssl_certfile
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None  # PEM of who may have signed the clients' certificates
+    ssl_cert_reqs: int = 0  # of clients, as in Python's ssl module: 0 none, 1 optional, 2 required
+    profile_dir: str | None = None  # folder of profiles; None: in the cache directory
     model_path: str = ""  # as resolved; reported by /get_model_info and /v1/models
     served_model_names: tuple[
         str, ...

@@ -27,7 +27,7 @@ from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
 from jaxserve.progress import CLEAR_LINE, StageReporter
-from jaxserve.service import HttpService, Service, bind, open_store
+from jaxserve.service import HttpService, Service, bind, open_store, tls_options
 from jaxserve.store import StoreError
 from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.tokenizer import Tokenizer
@@ -52,6 +52,11 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
     configure_logging(config)
     for warning in options.warnings:
         log.warning("%s", warning)
+    try:
+        tls_options(config)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
@@ -85,7 +90,10 @@ def run(options: Options, service: Service, engine: EngineEntry | None = None) -
 def with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
     config = options.server
     key = config.api_key or environ.get("JAXSERVE_API_KEY") or None
-    return replace(config, api_key=key, served_model_names=config.served_model_names or (options.model,))
+    admin = config.admin_api_key or environ.get("JAXSERVE_ADMIN_API_KEY") or None
+    return replace(
+        config, api_key=key, admin_api_key=admin, served_model_names=config.served_model_names or (options.model,)
+    )
 
 
 def configure_logging(config: ServerConfig) -> None:

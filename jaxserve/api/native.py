@@ -26,10 +26,18 @@ from jaxserve.version import __version__
 PROBE_TIMEOUT = 20.0  # seconds that /health_generate waits for one token
 
 
+SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+
+
 async def health(serving: Serving, http: Request) -> Response:
     """200 when requests can be served, else 503 with {status, stage, done, total, message}."""
     stage = serving.stage()
     return json_response({"status": "ok"}) if stage is None else json_response(stage, 503)
+
+
+async def ping(serving: Serving, http: Request) -> Response:
+    """/health for load balancers that read only the status (vLLM's and SageMaker's name)."""
+    return Response(status_code=200 if serving.stage() is None else 503)
 
 
 async def health_generate(serving: Serving, http: Request) -> Response:
@@ -92,9 +100,9 @@ async def get_model_info(serving: Serving, http: Request) -> Response:
 
 
 async def get_server_info(serving: Serving, http: Request) -> Response:
-    """Flags (without the key), what the engine chose, and its latest counts."""
+    """Flags (without secrets), what the engine chose, and its latest counts."""
     _, ready = serving.require_ready()
-    flags = {name: value for name, value in asdict(serving.config).items() if name != "api_key"}
+    flags = {name: value for name, value in asdict(serving.config).items() if name not in SECRETS}
     stats = None if serving.client.stats is None else asdict(serving.client.stats)
     return json_response({"version": __version__, "server": flags, "engine": asdict(ready), "stats": stats})
 

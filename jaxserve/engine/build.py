@@ -58,6 +58,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
         attention=choose(platform),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
+        chunk_size=sizes.scheduler.chunk_size,
     )
     runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
@@ -119,12 +120,13 @@ class StagedStep:
         cache, size = state.cache, len(params.layers) // len(self.firsts)
         for run, first in enumerate(self.firsts[:1] if warm_up else self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
+        prefilled = None
         if self.pick is not None:
-            hidden = self.pick(hidden, shared)
+            hidden, prefilled = self.pick(hidden, shared)
         last_token, sampling, output = self.finish(
             params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
         )
-        return DeviceState(cache, last_token, sampling), output
+        return DeviceState(cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Programs:
 
     steps: dict[Bucket, WholeStep | StagedStep]
     admit: Any
+    score: Any  # engine.readout
+    pool: Any
     count: int
 
 
@@ -152,12 +156,21 @@ def compile_programs(
     """
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
+    num_spans = max((bucket.num_chunks for bucket in buckets), default=0)
+    for name, lower in readout.lower(target.params, target.shape, target.replicated, num_spans).items():
+        builder.add(name, lower)
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
     with _precision(target.params):
         done = builder.compile(progress, _open_store(folder, target, buckets))
-    return Programs({bucket: builder.assemble(bucket, done) for bucket in buckets}, done["admit"], len(done))
+    return Programs(
+        steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
+        admit=done["admit"],
+        score=done["score"],
+        pool=done["pool"],
+        count=len(done),
+    )
 
 
 class _Builder:
@@ -226,13 +239,14 @@ class _Builder:
         return self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2))
 
     def _lower_pick(self, bucket: Bucket) -> Any:
-        return self._lower(functools.partial(pick, shape=self.target.shape), *self._begun(bucket))
+        return self._lower(functools.partial(pick, shape=self.target.shape, bucket=bucket), *self._begun(bucket))
 
     def _lower_finish(self, bucket: Bucket) -> Any:
         t = self.target
         rows, shared = self._begun(bucket)
         if bucket.num_prefill:
-            rows = self._abstract(jax.eval_shape(functools.partial(pick, shape=t.shape), rows, shared))
+            picked = functools.partial(pick, shape=t.shape, bucket=bucket)
+            rows, _ = self._abstract(jax.eval_shape(picked, rows, shared))
         finish = functools.partial(finish_step, shape=t.shape)
         arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
         return self._lower(finish, *arguments, donate=(3, 4))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxserve.scheduling.plan import StepPlan, StepResult
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, StepEvents, Stop, ToEngine
 
@@ -90,7 +91,10 @@ class EngineLoop:
                     return False
 
     def _commit(self, plan: StepPlan, handle: Pending) -> None:
-        events = self._scheduler.commit(plan, handle.result(), self._compilations())
+        result = handle.result()
+        for message in read_messages(plan, result):
+            self._send(message)
+        events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
         self._emit(events)
 

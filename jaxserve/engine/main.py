@@ -113,6 +113,7 @@ def _start(
             num_programs=engine.runner.num_programs,
             cache_misses=engine.counter.cache_misses,
             seconds=time.monotonic() - started,
+            embedding_size=engine.model.embed_dim,
         )
     )
     path = config.record_plans

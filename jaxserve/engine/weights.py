@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 
@@ -12,24 +13,35 @@ from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
 from checkpoints.llama import tensor_shapes
 from checkpoints.load import DummySource, Target, load
-from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.config import ConfigError, EngineConfig, ModelConfig, pooling_of
 from jaxserve.model.sharding import Params
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
 
 
 def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """config.json and generation_config.json of the model folder. Raises ConfigError."""
+    """config.json, generation_config.json and 1_Pooling/config.json of the model folder. Raises ConfigError."""
     path = os.path.join(config.model_path, "config.json")
     if not os.path.isfile(path):
         raise ConfigError(f"{config.model_path} holds no config.json; --model takes a folder in Hugging Face's format")
     generation = os.path.join(config.model_path, "generation_config.json")
     try:
-        return ModelConfig.from_hf(
+        model = ModelConfig.from_hf(
             {**_read_json(path), **(overrides or {})}, _read_json(generation) if os.path.isfile(generation) else None
         )
     except KeyError as error:
         raise ConfigError(f"{path} lacks {error}") from error
+    return replace(model, pooling=_decoder_pooling(config.model_path))
+
+
+def _decoder_pooling(folder: str) -> Literal["last", "mean"]:
+    path = os.path.join(folder, "1_Pooling", "config.json")
+    pooling = pooling_of(_read_json(path)) if os.path.isfile(path) else "last"
+    if pooling == "cls":
+        raise ConfigError(
+            f"{path} asks for the first token, which in this model sees no other; last and mean are served"
+        )
+    return pooling
 
 
 def load_params(config: EngineConfig, model: ModelConfig, description: Params, report: Report) -> Params:
