@@ -108,6 +108,7 @@ def generate_options(request: GenerationRequest, *, after_text: bool, priority: 
 def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int) -> list[SamplingParams]:
     """One SamplingParams per choice. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
+    serving.require_generating()
     params = resolve_sampling(
         wanted,
         tokenizer=tokenizer,
