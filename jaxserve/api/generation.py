@@ -90,7 +90,9 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
     )
 
 
-def generate_options(request: GenerationRequest, *, after_text: bool, priority: int = 0) -> GenerateOptions:
+def generate_options(
+    request: GenerationRequest, *, after_text: bool, priority: int = 0, grammar: str | None = None
+) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
     priority: 0 interactive, 1 batch.
@@ -102,6 +104,7 @@ def generate_options(request: GenerationRequest, *, after_text: bool, priority: 
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
         priority=priority,
+        grammar=grammar,
     )
 
 
