@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
@@ -19,8 +20,9 @@ from jaxserve.client import EngineClient, EngineUnavailable, shut_down
 from jaxserve.config import DEFAULT_MODEL, ConfigError, EngineConfig, default_cache_dir
 from jaxserve.progress import StageReporter
 from jaxserve.text.chat_template import TemplateError
-from jaxserve.text.generate import Delta, GenerateOptions, generate
-from jaxserve.text.params import SamplingRequest, resolve_sampling
+from jaxserve.text.embed import embed_all
+from jaxserve.text.generate import Delta, GenerateOptions, PromptLogprobs, generate
+from jaxserve.text.params import ParameterError, SamplingRequest, resolve_sampling
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineStats, FinishReason, Ready, SamplingParams, TokenLogprobs
 
@@ -52,6 +54,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     cached_tokens: int  # of the prompt, found in the prefix cache
     choices: tuple[Choice, ...]
+    prompt_logprobs: PromptLogprobs | None = None  # of each prompt token, when num_prompt_logprobs was given
 
     @property
     def text(self) -> str:
@@ -193,6 +196,26 @@ class LLM:
         if len(job.params) != 1:
             raise ValueError(f"n is {len(job.params)}; a stream has one choice: leave n out, or use generate")
         return self._background.stream(self.tokenizer, job)
+
+    @overload
+    def embed(self, texts: str) -> list[float]: ...
+    @overload
+    def embed(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[float]]: ...
+    @overload
+    def embed(self, texts: Sequence[int]) -> list[float]: ...
+
+    def embed(self, texts: Any) -> Any:
+        """The vector of a text (or token ids), of length 1, pooled as the model says; a list of them for several.
+
+        Raises ParameterError (a ValueError) for a text that is empty or longer than the context.
+        """
+        one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
+        prompts = [self._encode(text) for text in ([texts] if one else texts)]
+        for prompt in prompts:
+            if not 1 <= len(prompt) <= self.ready.max_model_len:
+                raise ParameterError(f"text has {len(prompt)} tokens; this model takes 1 to {self.ready.max_model_len}")
+        vectors = [array("f", vector).tolist() for vector in self._background.call(embed_all(self._client, prompts))]
+        return vectors[0] if one else vectors
 
     def flush_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""
@@ -359,7 +382,8 @@ async def _complete(client: EngineClient, tokenizer: Tokenizer, job: _Job) -> Co
     deltas: list[list[Delta]] = [[] for _ in job.params]
     async for index, delta in generate(client, tokenizer, job.prompt, job.params, job.options):
         deltas[index].append(delta)
-    return Completion(job.prompt, deltas[0][-1].cached_tokens, tuple(_join(each) for each in deltas))
+    first = deltas[0]
+    return Completion(job.prompt, first[-1].cached_tokens, tuple(map(_join, deltas)), first[0].prompt_logprobs)
 
 
 def _join(deltas: list[Delta]) -> Choice:

@@ -70,6 +70,26 @@ def _check_completion(live: RealServer, case: Case, choice: Any) -> None:
     case.check_reply(live.tokenizer, choice.text[: len(case.text)], tokens, logprobs)
 
 
+def test_golden_answers_scored_as_prompts_have_their_golden_log_probabilities(live: RealServer, golden: list[Case]):
+    """The prompt and its answer, fed in as one prompt; the cache being warm or cold makes no difference."""
+    cases = golden[:7]
+    prompts = [case.prompt_ids + case.greedy_ids for case in cases]
+    told = {"max_tokens": 0, "echo": True, "logprobs": 0, "extra_body": {"prompt_logprobs": 0}}
+    reply = live.complete(prompts, **told)
+    assert reply.usage.prompt_tokens == sum(map(len, prompts)) and reply.usage.completion_tokens == 0
+    for case, prompt, choice in zip(cases, prompts, reply.choices, strict=True):
+        columns, count = choice.logprobs, len(case.greedy_ids)
+        assert choice.finish_reason == "length" and len(columns.token_logprobs) == len(prompt)
+        assert columns.token_logprobs[0] is None and max(columns.token_logprobs[1:]) <= 0
+        case.check_logprobs(columns.token_logprobs[-count:], None)
+        ranks = [choice.prompt_logprobs[at][str(prompt[at])]["rank"] for at in range(len(prompt) - count, len(prompt))]
+        assert ranks == [1] * count
+        assert choice.text == live.tokenizer.decode(prompt, skip_special_tokens=False)
+        starts = [*columns.text_offset, len(choice.text)]
+        pieces = [choice.text[start:stop] for start, stop in pairwise(starts)]
+        assert pieces == [live.tokenizer.token_text(token_id) for token_id in prompt]
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_golden_prompts_of_ids_in_one_request_make_a_batch(live: RealServer, golden: list[Case], warm: bool):
     """Sixteen prompts, the golden ones first; with a warm cache there is next to nothing to prefill."""
