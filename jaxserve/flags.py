@@ -265,6 +265,7 @@ FLAGS: tuple[Flag, ...] = (
         "--chunked-prefill-size)",
         _positive,
     ),
+    Flag(("--is-embedding",), "server.embedding_only", "serve embeddings only: chat and completions are a 400", bool),
     Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", _positive),
     Flag(
         ("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", _seconds

@@ -70,7 +70,6 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
 }
 NOT_YET_SWITCHES: dict[str, str] = {
     "--allow-credentials": "keys are sent as headers, not as cookies",
-    "--is-embedding": "embedding models are not there",
     "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
     "--enable-lora": "adapters are not there",
     "--enable-auto-tool-choice": "tool calling is not there",

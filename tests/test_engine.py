@@ -353,11 +353,9 @@ def run_main(config: EngineConfig) -> tuple[int, list[FromEngine]]:
     said: list[FromEngine] = []
 
     def listen() -> None:
-        try:
-            while True:
-                said.append(ours.recv())
-        except EOFError:
-            pass
+        # Not until the pipe's end: the engine's own reader still holds the other one.
+        while not said or not isinstance(said[-1], EngineFailed):
+            said.append(ours.recv())
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxserve.api.anthropic_request import REFUSED_IN_MESSAGES
+from jaxserve.api.embeddings import REFUSED_IN_EMBEDDINGS, REFUSED_IN_ENCODE
 from jaxserve.api.generate_schema import REFUSED_IN_GENERATE, REFUSED_IN_SAMPLING
 from jaxserve.api.response_request import REFUSED_IN_RESPONSES
 from jaxserve.api.schema import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, WITHOUT_EFFECT, Refused
@@ -33,6 +34,8 @@ def tables() -> str:
     text += _refused("`/v1/chat/completions`", REFUSED_IN_CHAT)
     text += _refused("`/v1/completions`", REFUSED_IN_COMPLETIONS)
     text += _refused(RESPONSES, REFUSED_IN_RESPONSES, "test_what_chat_calls_otherwise_is_refused_and_says_why")
+    text += _refused("`/v1/embeddings`", REFUSED_IN_EMBEDDINGS, "test_refused_fields_of_embeddings_say_why")
+    text += _refused("`/encode`", REFUSED_IN_ENCODE, "test_refused_fields_of_embeddings_say_why")
     native = "test_every_refused_native_field_is_a_400_that_says_why"
     text += _refused("`/generate`", REFUSED_IN_GENERATE, native)
     text += _refused("`/generate`, in `sampling_params`", REFUSED_IN_SAMPLING, native)

@@ -14,6 +14,7 @@ from jaxserve.api import (
     batches,
     chat,
     completions,
+    embeddings,
     errors,
     files,
     generate,
@@ -39,6 +40,8 @@ Endpoint = Callable[[Serving, Request], Awaitable[Response]]
 ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] | None], ...] = (
     (("/v1/chat/completions",), ("POST",), chat.create_chat_completion, ChatRequest),
     (("/v1/completions",), ("POST",), completions.create_completion, CompletionRequest),
+    (("/v1/embeddings",), ("POST",), embeddings.create_embeddings, embeddings.EmbeddingRequest),
+    (("/encode",), ("POST",), embeddings.encode, embeddings.EncodeRequest),
     (("/v1/responses",), ("POST",), responses.create_response, ResponseRequest),
     (("/v1/responses/input_tokens",), ("POST",), responses.count_input_tokens, ResponseRequest),
     (("/v1/responses/{response_id}",), ("GET",), responses.get_response, None),

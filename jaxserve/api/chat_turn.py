@@ -44,6 +44,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     """Raises APIError, ParameterError. priority: 0 interactive, 1 batch."""
     serving.require_ready()
     serving.check_model(request.model)
+    serving.require_generating()
     num_logprobs = _num_logprobs(request)
     prompt = await encode(serving, render(serving, request), "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens

@@ -116,6 +116,7 @@ def resolve(
 ) -> list[SamplingParams]:
     """One SamplingParams per choice. fewest_tokens: 0 where max_tokens may be 0. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
+    serving.require_generating()
     params = resolve_sampling(
         wanted,
         tokenizer=tokenizer,

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -162,8 +162,8 @@ def compile_programs(
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
-    with _precision(target.params):
-        done = builder.compile(progress, _open_store(folder, target, buckets))
+    with precision(target.params):
+        done = compile_all(builder.lowerings, progress, _open_store(folder, target, buckets))
     return Programs(
         steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
         admit=done["admit"],
@@ -173,8 +173,41 @@ def compile_programs(
     )
 
 
+def compile_all(
+    lowerings: Mapping[Any, Callable[[], Any]], progress: Callable[[int, int], None], store: ExecutableStore | None
+) -> dict[Any, Any]:
+    """Key -> how to lower it; gives key -> compiled program; progress(done, total) is called from the pool's threads.
+
+    Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
+    """
+    counter = itertools.count(1)  # next() is atomic
+    total = len(lowerings)
+    with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
+
+        def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+            def work() -> Any:
+                result = function(*arguments)
+                if result is not None:
+                    progress(next(counter), total)
+                return result
+
+            return pool.submit(work)
+
+        if store is None:
+            futures = {key: submit(lower().compile) for key, lower in lowerings.items()}
+            return {key: future.result() for key, future in futures.items()}
+        futures = {key: submit(store.load, repr(key)) for key in lowerings}
+        done = {key: future.result() for key, future in futures.items()}
+        missing = [key for key, program in done.items() if program is None]
+        with _not_cached_twice() if missing else nullcontext():
+            futures = {key: submit(store.compile, repr(key), lowerings[key]()) for key in missing}
+            made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
+    store.save({repr(key): entry for key, (entry, _) in made.items()})
+    return done | {key: program for key, (_, program) in made.items()}
+
+
 class _Builder:
-    """Collects each distinct program once, then lowers and compiles them all."""
+    """Collects how each distinct program is lowered."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -183,36 +216,6 @@ class _Builder:
 
     def add(self, key: Any, lower: Callable[[], Any]) -> None:
         self.lowerings.setdefault(key, lower)
-
-    def compile(self, progress: Callable[[int, int], None], store: ExecutableStore | None) -> dict[Any, Any]:
-        """Key -> compiled program; progress(done, total) is called from the pool's threads.
-
-        Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
-        """
-        counter = itertools.count(1)  # next() is atomic
-        total = len(self.lowerings)
-        with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
-
-            def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-                def work() -> Any:
-                    result = function(*arguments)
-                    if result is not None:
-                        progress(next(counter), total)
-                    return result
-
-                return pool.submit(work)
-
-            if store is None:
-                futures = {key: submit(lower().compile) for key, lower in self.lowerings.items()}
-                return {key: future.result() for key, future in futures.items()}
-            futures = {key: submit(store.load, repr(key)) for key in self.lowerings}
-            done = {key: future.result() for key, future in futures.items()}
-            missing = [key for key, program in done.items() if program is None]
-            with _not_cached_twice() if missing else nullcontext():
-                futures = {key: submit(store.compile, repr(key), self.lowerings[key]()) for key in missing}
-                made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
-        store.save({repr(key): entry for key, (entry, _) in made.items()})
-        return done | {key: program for key, (_, program) in made.items()}
 
     def add_bucket(self, bucket: Bucket) -> None:
         """Nothing is traced here: a program that is found by its key need not be."""
@@ -341,7 +344,7 @@ def _not_cached_twice() -> Generator[None]:
         jax.config.update(name, before)
 
 
-def _precision(params: Params) -> Any:
+def precision(params: Params) -> Any:
     """float32 means float32: accelerators would otherwise multiply in bfloat16 or tf32."""
     return jax.default_matmul_precision("highest" if params.embed[0].dtype == jnp.float32 else "default")
 

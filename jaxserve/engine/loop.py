@@ -155,7 +155,13 @@ class StepLog:
         self._tokens, self._since = 0, now
 
 
-def start_watchdog(loop: EngineLoop, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+class Turning(Protocol):
+    """A loop that says since when its turn has lasted; None between two turns."""
+
+    busy_since: float | None
+
+
+def start_watchdog(loop: Turning, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
     """End the process when a turn takes longer than timeout seconds: a hung device never comes back by itself."""
 
     def watch() -> None:
