@@ -249,6 +249,7 @@ class FrontEnd:
         engine_config = EngineConfig(
             model_path=resolved.folder,
             cache_dir=options.cache_dir or "",
+            tokenizer_path=config.tokenizer_path,
             gguf_path=resolved.gguf_path,
             orbax_path=resolved.orbax_path,
             **options.engine,

@@ -78,7 +78,6 @@ CHAT_FIELDS = [
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("tool_choice", "auto"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-    ("response_format", {"type": "json_object"}),
     ("modalities", ["text", "audio"]),
 ]
 COMPLETION_FIELDS = [
@@ -157,7 +156,6 @@ COMMON_FIELDS = [
     ("prompt_logprobs", -1),
     ("prompt_logprobs", 21),
     ("prompt_logprobs", True),
-    ("guided_json", {}),
     ("lora_path", "x"),
     ("cache_salt", "x"),
 ]

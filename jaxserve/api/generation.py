@@ -96,7 +96,9 @@ def sampling_request(
     )
 
 
-def generate_options(request: GenerationRequest, *, after_text: bool, priority: int = 0) -> GenerateOptions:
+def generate_options(
+    request: GenerationRequest, *, after_text: bool, priority: int = 0, grammar: str | None = None
+) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
     priority: 0 interactive, 1 batch.
@@ -108,6 +110,7 @@ def generate_options(request: GenerationRequest, *, after_text: bool, priority: 
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
         priority=priority,
+        grammar=grammar,
     )
 
 

@@ -13,6 +13,7 @@ from jaxserve.api.schema import FieldLog
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
 from jaxserve.store import Store
+from jaxserve.text.grammar import GrammarChecker
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
 
@@ -40,6 +41,7 @@ class Serving:
     batch_worker: "BatchWorker | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
+    _checker: GrammarChecker | None = None
     clock: Callable[[], float] = time.time
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
 
@@ -67,6 +69,14 @@ class Serving:
             raise unavailable(message, f"server_{stage['status']}", stage)
         assert self.tokenizer is not None and self.client.ready is not None
         return self.tokenizer, self.client.ready
+
+    @property
+    def grammar_checker(self) -> GrammarChecker:
+        """It remembers the grammars it found sound. Raises APIError 503 as require_ready."""
+        tokenizer, _ = self.require_ready()
+        if self._checker is None:
+            self._checker = GrammarChecker(tokenizer)
+        return self._checker
 
     @property
     def generates(self) -> bool:

@@ -21,6 +21,7 @@ class GenerateOptions:
     include_stop: bool = False  # the stop string or stop token that ended the text is part of it
     skip_special_tokens: bool = True
     priority: int = 0  # 0 interactive, 1 batch
+    grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
     every_token: bool = False  # deltas hold the tokens without text too: a stop token, what a stop string cut off
     owner: object = None  # whom it is computed for: EngineClient.end_requests
@@ -61,7 +62,7 @@ async def generate(
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]
     asked = [params[0], *(replace(each, num_prompt_logprobs=None) for each in params[1:])]
-    requests = [Request(client.next_id(), tokens, each, options.priority) for each in asked]
+    requests = [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in asked]
     streams = client.submit(requests, options.owner)
     scored: PromptLogprobs | None = None
     told: set[int] = set()
