@@ -70,6 +70,7 @@ async def generate(
         if params[0].num_prompt_logprobs is not None:
             await streams[0].wait()
             scored = tuple(streams[0].prompt_logprobs)
+            scored += (None,) * (len(tokens) - len(scored))  # it ended first: a grammar may allow no token at all
         async for index, events in merge(streams):
             delta = choices[index].advance(events, streams[index])
             if delta is not None:
