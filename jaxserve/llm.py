@@ -23,7 +23,7 @@ from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.embed import embed_all
 from jaxserve.text.generate import Delta, GenerateOptions, PromptLogprobs, generate
 from jaxserve.text.grammar import FIELDS, GrammarChecker, grammar_of
-from jaxserve.text.params import ParameterError, SamplingRequest, resolve_sampling
+from jaxserve.text.params import SamplingRequest, resolve_sampling
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineStats, FinishReason, Ready, SamplingParams, TokenLogprobs
 
@@ -200,23 +200,23 @@ class LLM:
         return self._background.stream(self.tokenizer, job)
 
     @overload
-    def embed(self, texts: str) -> list[float]: ...
+    def embed(self, prompts: str) -> list[float]: ...
     @overload
-    def embed(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[float]]: ...
+    def embed(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[float]]: ...
     @overload
-    def embed(self, texts: Sequence[int]) -> list[float]: ...
+    def embed(self, prompts: Sequence[int]) -> list[float]: ...
 
-    def embed(self, texts: Any) -> Any:
-        """The vector of a text (or token ids), of length 1, pooled as the model says; a list of them for several.
+    def embed(self, prompts: Any) -> Any:
+        """The vector of a text (or of token ids), or of several at once: pooled as the model says, of length 1.
 
-        Raises ParameterError (a ValueError) for a text that is empty or longer than the context.
+        Raises ValueError for a prompt without tokens or longer than the context.
         """
-        one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
-        prompts = [self._encode(text) for text in ([texts] if one else texts)]
-        for prompt in prompts:
-            if not 1 <= len(prompt) <= self.ready.max_model_len:
-                raise ParameterError(f"text has {len(prompt)} tokens; this model takes 1 to {self.ready.max_model_len}")
-        vectors = [array("f", vector).tolist() for vector in self._background.call(embed_all(self._client, prompts))]
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        rows = [self._encode(prompt) for prompt in ([prompts] if one else prompts)]
+        for row in rows:
+            if not 1 <= len(row) <= self.ready.max_model_len:
+                raise ValueError(f"prompt has {len(row)} tokens; 1 to {self.ready.max_model_len} are allowed")
+        vectors = [array("f", each).tolist() for each in self._background.call(embed_all(self._client, rows))]
         return vectors[0] if one else vectors
 
     def flush_cache(self) -> None:
@@ -258,6 +258,8 @@ class LLM:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _job(self, prompt: tuple[int, ...], sampling: dict[str, Any]) -> _Job:
+        if not self.ready.generates:
+            raise ValueError(f"{self.model} is an encoder and generates no text; use embed()")
         names = (*_SAMPLING, "n", "stop", "include_stop", "skip_special_tokens", *FIELDS)
         _check_names("sampling option", sampling, names)
         named = dict(sampling)
