@@ -4,7 +4,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke check docs lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke clients check docs lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -27,8 +27,9 @@ help:
 	@echo 'make setup      only make the environment ($(VENV))'
 	@echo 'make test       the tests, with a tenth of the long random runs; make test-all: all of them; TESTS="tests/test_x.py"'
 	@echo 'make smoke      a few fast tests'
+	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
 	@echo 'make check      format, lint, types, walls'
-	@echo 'make docs       write docs/flags.md from the table of flags'
+	@echo 'make docs       write docs/flags.md and the tables of refused fields in docs/api.md'
 	@echo 'make lock       resolve pyproject.toml into requirements/*.txt (LOCK="--upgrade" for newer versions)'
 	@echo 'make wheel      build dist/*.whl'
 	@echo 'make clean      remove what was built; make distclean: the environments too'
@@ -56,6 +57,9 @@ smoke: $(STAMP)
 	$(pytest) tests/test_walls.py tests/test_flags.py tests/test_scheduler.py tests/test_pages.py tests/test_stop.py
 	@if grep -qs 'def test.*smoke' tests/test_engine.py; then $(pytest) tests/test_engine.py -k smoke; fi
 
+clients: $(STAMP)
+	@sh tools/clients.sh $(VENV)
+
 check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -65,6 +69,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(PY) -m tools.flags_doc > docs/flags.md.new
 	mv docs/flags.md.new docs/flags.md
+	$(PY) -m tools.api_doc
 
 # No addresses, no header: the files must read the same wherever they were made. Versions stay unless LOCK says so.
 compile := $(PY) -m uv pip compile -q --no-header --no-annotate --no-emit-index-url --extra test --extra dev $(LOCK)

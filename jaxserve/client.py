@@ -20,6 +20,7 @@ from typing import NamedTuple
 from jaxserve.types import (
     AbortRequests,
     AddRequests,
+    Embedded,
     EngineFailed,
     EngineStats,
     FinishReason,
@@ -61,12 +62,16 @@ class RequestStream:
     dies. Whoever stops reading early must call abort() (try/finally).
     """
 
-    __slots__ = ("_client", "_ended", "_error", "_events", "_wake", "first_token_at", "id", "priority", "submitted_at")
+    __slots__ = (
+        *("_client", "_ended", "_error", "_events", "_wake"),
+        *("first_token_at", "id", "priority", "submitted_at", "vector"),
+    )
 
     def __init__(self, client: "EngineClient", request_id: int, priority: int = 0) -> None:
         self.id, self.priority = request_id, priority
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None  # monotonic seconds, as submitted_at
+        self.vector: bytes | None = None  # [E] float32 of an "embed" request, there before its final event
         self._client = client
         self._events: list[TokenEvent] = []
         self._wake = asyncio.Event()
@@ -280,6 +285,9 @@ class EngineClient:
         match message:
             case StepEvents():
                 self._deliver(message)
+            case Embedded(request_id, vector):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.vector = vector
             case Progress():
                 self.progress = message
             case Ready():

@@ -93,7 +93,7 @@ class StepEvents:
     token)."""
 
     request_ids: tuple[int, ...]
-    token_ids: tuple[int | None, ...]  # None only where an "abort" ends a request without a token
+    token_ids: tuple[int | None, ...]  # None where a request ends without a token: "abort", or "stop" of an "embed"
     finish_reasons: tuple[FinishReason | None, ...]
     cached_tokens: tuple[int, ...]  # prompt tokens of this request that came from the prefix cache
     logprobs: tuple[TokenLogprobs | None, ...]
@@ -174,6 +174,8 @@ class Ready:
     num_programs: int
     cache_misses: int  # programs that had to be compiled because the persistent cache did not hold them
     seconds: float  # from the engine's start to ready
+    embedding_size: int = 0  # numbers of an Embedded vector; 0: this engine makes none
+    generates: bool = True  # False: an encoder, which takes "embed" requests only
 
 
 @dataclass(frozen=True, slots=True)

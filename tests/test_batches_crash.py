@@ -1,7 +1,7 @@
 """A server that is killed at random moments of a batch, and started again, loses nothing and does nothing twice.
 
 JAXSERVE_SLOW=1: at least 30 kills of the launcher with a scripted engine over 500 lines, 10 more around a cancellation,
-and 6 with a real engine and a tiny random model. Else about a tenth of that.
+and 30 with a real engine and a tiny random model. Else about a tenth of that.
 """
 
 import json
@@ -225,7 +225,7 @@ def test_a_cancelled_batch_survives_kills_of_the_server(tmp_path, rng):
 @pytest.mark.timeout(1200)
 def test_a_batch_survives_kills_of_a_server_with_a_real_engine(tmp_path, rng, cache_dir):
     with Site(tmp_path, rng, cache_dir) as site:
-        survive(site, num_kills=6 if SLOW else 1, num_lines=500 if SLOW else 200)
+        survive(site, num_kills=30 if SLOW else 1, num_lines=500 if SLOW else 200)
 
 
 @pytest.mark.timeout(600)

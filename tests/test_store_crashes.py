@@ -2,6 +2,7 @@
 
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.store import BatchError, NoSuchFile, RowResult, StoreError, StoreFull
+from jaxserve.store.errors import translating
 from jaxserve.store.sqlite import SQLiteStore
 from tests.stores import (
     Crash,
@@ -202,6 +204,18 @@ def test_a_disk_that_is_really_full_fails_the_batch_and_leaves_the_store_serving
     (small_disk / "other").unlink()
     assert start(store, 300).status == "in_progress"
     store.close()
+
+
+def test_an_io_error_of_the_database_is_a_full_disk_where_nothing_more_can_be_written(small_disk):
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE  # what a used-up quota is to SQLite
+    fill(small_disk / "other")
+    with pytest.raises(StoreFull), translating(small_disk):
+        raise error
+    (small_disk / "other").unlink()
+    with pytest.raises(StoreError) as failure, translating(small_disk):
+        raise error
+    assert not isinstance(failure.value, StoreFull)
 
 
 def run_process(path: Path, num_lines: int, kill_after: float | None) -> bool:
