@@ -107,6 +107,18 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(("--chat-template",), "server.chat_template", "Jinja file to use instead of the model's own template"),
     Flag(
+        ("--tool-call-parser",),
+        "server.tool_call_parser",
+        "how the model writes tool calls; auto: as its chat template says; none: requests with tools are refused",
+        choices=("auto", "hermes", "llama3", "pythonic", "none"),
+    ),
+    Flag(
+        ("--reasoning-parser",),
+        "server.reasoning_parser",
+        "thinking in <think> tags; auto: where the chat template knows them; deepseek-r1: also without the first tag",
+        choices=("auto", "deepseek-r1", "qwen3", "none"),
+    ),
+    Flag(
         ("--served-model-name",),
         "server.served_model_names",
         "names that clients may use (default: the model's)",

@@ -12,6 +12,7 @@ from jaxserve.api.schema import FieldLog
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
 from jaxserve.store import Store
+from jaxserve.text.dialect import Dialect, dialect_of
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
 
@@ -39,6 +40,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
+    _dialect: Dialect | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -64,6 +66,13 @@ class Serving:
             raise unavailable(message, f"server_{stage['status']}", stage)
         assert self.tokenizer is not None and self.client.ready is not None
         return self.tokenizer, self.client.ready
+
+    def dialect(self) -> Dialect:
+        """How the model speaks, found out once. Raises APIError 503 until the tokenizer is loaded."""
+        tokenizer, _ = self.require_ready()
+        if self._dialect is None:
+            self._dialect = dialect_of(tokenizer, self.config.tool_call_parser, self.config.reasoning_parser)
+        return self._dialect
 
     def require_store(self) -> Store:
         """Raises APIError 503 when this server keeps no files."""

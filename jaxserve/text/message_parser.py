@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxserve.text.generate import Delta
+from jaxserve.text.json_call import CallArguments, CallBegin, Piece
 from jaxserve.text.message import MessageDelta, ToolCallDelta
 from jaxserve.text.reasoning import Segment, ThinkSplitter
-from jaxserve.text.tool_calls import CallArguments, CallBegin, CallParser, Piece
+from jaxserve.text.tool_calls import CallParser
 
 
 def new_call_id() -> str:
@@ -16,17 +17,13 @@ def new_call_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How to read the messages of one turn. splitter and calls make a new one for each message; None: not looked for."""
+    """How to read the messages of one turn. splitter and calls make one for each message; None: not looked for."""
 
     splitter: Callable[[], ThinkSplitter] | None = None
     calls: Callable[[], CallParser] | None = None
     show_reasoning: bool = True
     stream_reasoning: bool = True  # False: thinking comes in one piece, when it is over
     think_end: int | None = None  # the token </think>, where it is one
-
-    @property
-    def kept_markers(self) -> bool:
-        return self.splitter is not None or self.calls is not None
 
     def parser(self) -> "MessageParser":
         return MessageParser(self)

@@ -1,7 +1,6 @@
 """What a chat template makes of tools, found out by showing it some: templates ignore in silence what they do not
 know."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,13 +11,11 @@ _NAME, _VALUE, _RESULT = "probe_weather", "probe-city-4711", "probe-result-0815"
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """tools, calls, results: whether the template shows them. arguments: what it wants a call's arguments to be.
-
-    empty_content: what it wants the content of a message to be that has calls only. many_calls: whether it takes more
-    than one call in a message.
+    """calls, results: whether the template shows those of earlier turns. arguments: what it wants a call's arguments to
+    be. empty_content: what it wants the content of a message to be that has calls only. many_calls: whether it takes
+    more than one call in a message.
     """
 
-    tools: bool = False
     calls: bool = False
     results: bool = False
     many_calls: bool = True
@@ -26,34 +23,37 @@ class TemplateTraits:
     empty_content: str | None = ""
 
 
-def traits_of(template: ChatTemplate) -> TemplateTraits:
-    """Renders a few conversations; takes some milliseconds. Raises nothing: a template that refuses does not know."""
-    user = {"role": "user", "content": "What is the weather?"}
-    tool = {
-        "type": "function",
-        "function": {
-            "name": _NAME,
-            "description": "Weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Name"}}},
-        },
-    }
-    tools = _shows(template, [user], [tool], _NAME)
+_USER = {"role": "user", "content": "What is the weather?"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Name"}}},
+    },
+}
+
+
+def shows_tools(template: ChatTemplate) -> bool:
+    return _shows(template, [_USER], True, _NAME)
+
+
+def traits_of(template: ChatTemplate, given_tools: bool) -> TemplateTraits:
+    """Of conversations where tools are given, or are not. Raises nothing: a template that refuses does not know."""
     for arguments, content in (("object", ""), ("text", ""), ("object", None), ("text", None)):
         value: Any = {"city": _VALUE} if arguments == "object" else f'{{"city": "{_VALUE}"}}'
         turn = _turn(value, content)
-        if not _shows(template, [user, turn, _result(0)], [tool], _NAME, _VALUE, raw=True):
+        if not _shows(template, [_USER, turn, _result(0)], given_tools, _NAME, _VALUE):
             continue
+        twice = [_USER, _turn(value, content, 2), _result(0), _result(1)]
         return TemplateTraits(
-            tools=tools,
-            calls=_shows(template, [user, turn, _result(0)], None, _NAME, _VALUE, raw=True),
-            results=tools and _shows(template, [user, turn, _result(0)], None, _RESULT, raw=True),
-            many_calls=_shows(
-                template, [user, _turn(value, content, 2), _result(0), _result(1)], None, _VALUE, raw=True
-            ),
+            calls=True,
+            results=_shows(template, [_USER, turn, _result(0)], given_tools, _RESULT),
+            many_calls=_shows(template, twice, given_tools, _VALUE),
             arguments="object" if arguments == "object" else "text",
             empty_content=content,
         )
-    return TemplateTraits(tools=tools)
+    return TemplateTraits()
 
 
 def _turn(arguments: Any, content: str | None, count: int = 1) -> dict[str, Any]:
@@ -68,16 +68,9 @@ def _result(index: int) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"probe000{index}", "name": _NAME, "content": _RESULT}
 
 
-def _shows(
-    template: ChatTemplate,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    *words: str,
-    raw: bool = False,
-) -> bool:
-    render: Callable[..., str] = template.render_raw if raw else template.render
+def _shows(template: ChatTemplate, messages: list[dict[str, Any]], given_tools: bool, *words: str) -> bool:
     try:
-        text = render(messages, tools=tools)
+        text = template.render(messages, tools=[_TOOL] if given_tools else None, prepared=True)
     except TemplateError:
         return False
     return all(word in text for word in words)

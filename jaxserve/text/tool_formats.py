@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxserve.text.tool_calls import CallParser, HermesCalls, LlamaCalls, PythonicCalls
 
-Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description"?, "parameters"}}
+Tool = dict[str, Any]  # {"type": "function", "function": {"name", "description"?, "parameters"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ def _explain_llama(tools: Sequence[Tool]) -> str:
 def _explain_pythonic(tools: Sequence[Tool]) -> str:
     listed = "\n".join(_json(tool["function"]) for tool in tools)
     return (
-        "You have access to the following functions. To call functions, respond with nothing but a list of calls in the "
-        f"format [name1(argument1=value1, argument2=value2), name2(argument=value)].\n\n{listed}"
+        "You have access to the following functions. To call functions, respond with nothing but a list of calls "
+        f"in the format [name1(argument1=value1, argument2=value2), name2(argument=value)].\n\n{listed}"
     )
 
 
