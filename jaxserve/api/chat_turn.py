@@ -84,6 +84,10 @@ def _tools(serving: Serving, request: ChatRequest) -> ToolUse:
     if tools.tools and serving.dialect().format is None:
         message = "This server was started with --tool-call-parser none, so it cannot tell tool calls from text."
         raise unsupported(message, "tools")
+    if tools.mode == "required":
+        raise unsupported(
+            "A tool_choice that forces a call is not supported yet; 'auto' and 'none' are.", "tool_choice"
+        )
     return tools
 
 

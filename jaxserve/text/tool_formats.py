@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 from jaxserve.text.tool_calls import CallParser, HermesCalls, LlamaCalls, PythonicCalls
@@ -45,7 +46,7 @@ def _write_pythonic(calls: Sequence[tuple[str, Any]]) -> str:
 
 
 def _keywords(value: Any) -> str:
-    if isinstance(value, dict) and all(key.isidentifier() for key in value):
+    if isinstance(value, dict) and all(key.isidentifier() and not iskeyword(key) for key in value):
         return ", ".join(f"{key}={item!r}" for key, item in value.items())
     return f"**{value!r}"
 
