@@ -65,6 +65,7 @@ class RequestStream:
     __slots__ = (
         *("_client", "_ended", "_error", "_events", "_wake"),
         *("first_token_at", "id", "priority", "submitted_at", "vector"),
+        "owner",
     )
 
     def __init__(self, client: "EngineClient", request_id: int, priority: int = 0) -> None:
@@ -72,6 +73,7 @@ class RequestStream:
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None  # monotonic seconds, as submitted_at
         self.vector: bytes | None = None  # [E] float32 of an "embed" request, there before its final event
+        self.owner: object = None  # whom it is computed for, as submit() was told
         self._client = client
         self._events: list[TokenEvent] = []
         self._wake = asyncio.Event()
@@ -220,16 +222,27 @@ class EngineClient:
                 "(--max-queued-requests); try again later"
             )
 
-    def submit(self, requests: Sequence[Request]) -> list[RequestStream]:
+    def submit(self, requests: Sequence[Request], owner: object = None) -> list[RequestStream]:
         """Send requests (ids from next_id()) as one message; a stream for each. All are taken or none.
 
+        owner: anything that tells end_requests() whose they are.
         Raises EngineUnavailable before ready and after the engine ended, EngineOverloaded above max_open_requests.
         """
         self.check_capacity(sum(request.priority <= 0 for request in requests))
         streams = [RequestStream(self, request.id, request.priority) for request in requests]
-        self._streams.update((stream.id, stream) for stream in streams)
+        for stream in streams:
+            stream.owner = owner
+            self._streams[stream.id] = stream
         self._outbox.put(AddRequests(tuple(requests)))
         return streams
+
+    def end_requests(self, chosen: Callable[[object], bool]) -> int:
+        """Ask the engine to end the open requests whose owner is chosen; -> how many. Their streams end with "abort"
+        after what was sampled until then. Requests without an owner are nobody's to end."""
+        ids = [each.id for each in self._streams.values() if each.owner is not None and chosen(each.owner)]
+        if ids:
+            self._outbox.put(AbortRequests(tuple(ids)))
+        return len(ids)
 
     def flush_cache(self) -> None:
         """Ask the engine to drop every prefix that no running request holds."""

@@ -6,18 +6,22 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxserve.api.generate_schema import REFUSED_IN_GENERATE, REFUSED_IN_SAMPLING
+from jaxserve.api.response_request import REFUSED_IN_RESPONSES
 from jaxserve.api.schema import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, WITHOUT_EFFECT, Refused
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- written by make docs from jaxserve/api/schema.py -->\n", "<!-- end -->"
 BOTH = "`/v1/chat/completions`, `/v1/completions`"
+RESPONSES = "`/v1/responses`, `/v1/responses/input_tokens`"
+REFUSAL_TEST = "test_every_refused_field_is_a_400_that_says_why"
 
 
-def _refused(routes: str, table: Mapping[str, Refused]) -> str:
+def _refused(routes: str, table: Mapping[str, Refused], test: str = REFUSAL_TEST) -> str:
     text = f"\n### Refused on {routes}\n\n| field | accepted values | why | test |\n|---|---|---|---|\n"
     for name, rule in table.items():
         neutral = ", ".join(f"`{json.dumps(value)}`" for value in rule.neutral)
-        text += f"| `{name}` | {neutral} | {rule.why} | `test_every_refused_field_is_a_400_that_says_why` |\n"
+        text += f"| `{name}` | {neutral} | {rule.why} | `{test}` |\n"
     return text
 
 
@@ -25,6 +29,10 @@ def tables() -> str:
     text = _refused(BOTH, REFUSED)
     text += _refused("`/v1/chat/completions`", REFUSED_IN_CHAT)
     text += _refused("`/v1/completions`", REFUSED_IN_COMPLETIONS)
+    text += _refused(RESPONSES, REFUSED_IN_RESPONSES, "test_what_chat_calls_otherwise_is_refused_and_says_why")
+    native = "test_every_refused_native_field_is_a_400_that_says_why"
+    text += _refused("`/generate`", REFUSED_IN_GENERATE, native)
+    text += _refused("`/generate`, in `sampling_params`", REFUSED_IN_SAMPLING, native)
     text += f"\n### Without effect on {BOTH}\n\n| field | why | test |\n|---|---|---|\n"
     for name, why in WITHOUT_EFFECT.items():
         text += f"| `{name}` | {why} | `test_fields_without_effect_change_nothing_and_are_logged_once` |\n"

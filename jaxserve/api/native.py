@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from jaxserve.api.chat_turn import render
 from jaxserve.api.completions import check_ids
@@ -105,13 +105,6 @@ async def version(serving: Serving, http: Request) -> Response:
 
 async def metrics(serving: Serving, http: Request) -> Response:
     return Response(serving.metrics.render(), headers={"content-type": CONTENT_TYPE})
-
-
-async def flush_cache(serving: Serving, http: Request) -> Response:
-    """Drops every cached prefix that no running request holds."""
-    serving.require_ready()
-    serving.client.flush_cache()
-    return PlainTextResponse("Cache flushed.\n")
 
 
 class TokenizeRequest(BaseModel):

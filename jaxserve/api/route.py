@@ -28,7 +28,7 @@ class Route(Generic[J]):
     """
 
     begin: Callable[[Serving, dict[str, Any], int], Awaitable[J]]
-    whole: Callable[[Serving, J], Awaitable[dict[str, Any]]]
+    whole: Callable[[Serving, J], Awaitable[Any]]
     events: Callable[[Serving, J], AsyncGenerator[bytes, None]]
 
     async def respond(self, serving: Serving, http: Request) -> Response:

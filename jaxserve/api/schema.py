@@ -247,23 +247,23 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
         rule = refused.get(name)
         if rule is None:
             fields.note(name)
-        elif value is not None and not _is_neutral(value, rule.neutral):
+        elif value is not None and not is_neutral(value, rule.neutral):
             raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
-        raise _as_invalid_request(error, kind) from None
+        raise as_invalid_request(error, kind) from None
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
     return request
 
 
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     """Equality that keeps true apart from 1."""
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
 
 
-def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
+def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
     """The first thing pydantic found, in words that name the field as the client wrote it."""
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
@@ -282,5 +282,7 @@ def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Except
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic names the branch of a union in the path, as in 'list[str]'."""
-    return isinstance(part, str) and "[" in part
+    """pydantic names the branch of a union in the path, as in 'list[str]', 'constrained-str' or a model's name."""
+    if isinstance(part, int):
+        return False
+    return "[" in part or "-" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")
