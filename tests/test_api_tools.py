@@ -139,6 +139,15 @@ def test_tool_choice_none_and_allowed_tools_limit_what_the_model_is_told(server)
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["get_time"] and CALL in message["content"]
 
 
+def test_one_call_at_most_where_parallel_ones_are_not_wanted(server):
+    fields = {"tools": TOOLS, "parallel_tool_calls": False}
+    message = server.chat(**fields).json()["choices"][0]["message"]
+    assert message["content"] == "Let me see."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["get_weather"]
+    chunks = events(server.chat(**fields, stream=True))
+    assert {part["index"] for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", [])} == {0}
+
+
 def test_a_call_cut_off_by_max_tokens_ends_with_length(server):
     reply = server.chat(
         tools=TOOLS, max_tokens=len(TOKENIZER.encode(f"Let me see.\n{CALL}", add_special_tokens=False)) - 24

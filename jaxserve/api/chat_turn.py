@@ -65,6 +65,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
         show=request.include_reasoning is not False,
         stream=request.stream_reasoning is not False,
         skip_special_tokens=request.skip_special_tokens is not False,
+        one_call=not tools.parallel,
     )
     options = generate_options(
         request,

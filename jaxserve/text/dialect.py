@@ -45,6 +45,7 @@ class Dialect:
         show: bool = True,
         stream: bool = True,
         skip_special_tokens: bool = True,
+        one_call: bool = False,
     ) -> Reading:
         """How to read a message. names: of the functions that may be called. inside: the prompt has opened <think>.
 
@@ -58,7 +59,7 @@ class Dialect:
             calls = _maker(form, names, hidden)
         if self.thinks:
             splitter = _splitter(inside, self.always_thinks, separate)
-        return Reading(splitter, calls, show, stream, tokenizer.backend.token_to_id(CLOSE))
+        return Reading(splitter, calls, show, stream, tokenizer.backend.token_to_id(CLOSE), one_call)
 
     def kept_ids(self, tokenizer: "Tokenizer", reading: Reading) -> frozenset[int]:
         """Special tokens that the reading needs to see."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxserve.text.generate import Delta
-from jaxserve.text.json_call import CallArguments, CallBegin, Piece
+from jaxserve.text.json_call import CallBegin, Piece
 from jaxserve.text.message import MessageDelta, ToolCallDelta
 from jaxserve.text.reasoning import Segment, ThinkSplitter
 from jaxserve.text.tool_calls import CallParser
@@ -24,6 +24,7 @@ class Reading:
     show_reasoning: bool = True
     stream_reasoning: bool = True  # False: thinking comes in one piece, when it is over
     think_end: int | None = None  # the token </think>, where it is one
+    one_call: bool = False  # calls after a message's first are left out
 
     def parser(self) -> "MessageParser":
         return MessageParser(self)
@@ -40,6 +41,8 @@ class MessageParser:
         self._calls = reading.calls() if reading.calls else None
         self._new_id = new_id
         self._num_calls = 0
+        self._left_out = False
+        self._num_first = 0  # tokens before the answer
         self._unsent = ""  # reasoning, where it is not streamed
 
     def advance(self, delta: Delta) -> MessageDelta:
@@ -58,12 +61,14 @@ class MessageParser:
     def _split(self, delta: Delta, final: bool) -> list[Segment]:
         if self._splitter is None:
             return [Segment("answer", delta.text)]
-        before = self._splitter.thinking
+        answering = self._splitter.answering
         segments = self._splitter.push(delta.text, final)
-        if before or self._splitter.thinking or any(segment.kind != "answer" for segment in segments):
+        if not answering:
             end = self._reading.think_end
             passed = end is not None and end in delta.token_ids
-            self.reasoning_tokens += delta.token_ids.index(end) + 1 if passed else len(delta.token_ids)
+            self._num_first += delta.token_ids.index(end) + 1 if passed else len(delta.token_ids)
+        if self._splitter.thought:
+            self.reasoning_tokens = self._num_first
         return segments
 
     def _shown(self, reasoning: str, final: bool) -> str:
@@ -92,10 +97,15 @@ class MessageParser:
 
     def _sort(self, pieces: list[Piece], content: list[str], calls: list[ToolCallDelta]) -> None:
         for piece in pieces:
-            if isinstance(piece, CallBegin):
+            if isinstance(piece, str):
+                content.append(piece)
+                continue
+            begins = isinstance(piece, CallBegin)
+            self._left_out = self._left_out or (begins and self._reading.one_call and self._num_calls > 0)
+            if self._left_out:
+                continue
+            if begins:
                 calls.append(ToolCallDelta(self._num_calls, id=self._new_id(), name=piece.name))
                 self._num_calls += 1
-            elif isinstance(piece, CallArguments):
-                calls.append(ToolCallDelta(self._num_calls - 1, piece.text))
             else:
-                content.append(piece)
+                calls.append(ToolCallDelta(self._num_calls - 1, piece.text))

@@ -28,11 +28,17 @@ class ThinkSplitter:
 
     def __init__(self, *, inside: bool = False, expected: bool = False, separate: bool = True) -> None:
         self.thinking = inside or expected
+        self.thought = inside or expected  # there is thinking, or there was
         self._separate = separate
         self._held = ""
         self._state = self._inside if inside else self._start
         self._said = False  # something of the reasoning was given out
         self._out: list[Segment] = []
+
+    @property
+    def answering(self) -> bool:
+        """The thinking is over, or there is none."""
+        return self._state in (self._border, self._answer)
 
     def push(self, text: str, final: bool = False) -> list[Segment]:
         """text: what follows; final: nothing will follow."""
@@ -57,7 +63,8 @@ class ThinkSplitter:
         word = text.lstrip(_BLANK)
         near = len(text) - len(word) <= MAX_BLANK
         if near and word.startswith(OPEN):
-            self.thinking, self._state = True, self._inside
+            self.thinking = self.thought = True
+            self._state = self._inside
             self._give("reasoning", "", aloud=text[: len(text) - len(word) + len(OPEN)])
             return word[len(OPEN) :]
         if near and OPEN.startswith(word):
