@@ -27,6 +27,7 @@ from jaxserve.types import (
     FlushCache,
     FromEngine,
     Progress,
+    PromptLogprobs,
     Ready,
     Request,
     StepEvents,
@@ -59,12 +60,13 @@ class RequestStream:
     """What the engine answers to one request: an async iterator of the events that arrived since the last read.
 
     It ends after the event that carries a finish_reason, or after abort(); it raises EngineUnavailable when the engine
-    dies. Whoever stops reading early must call abort() (try/finally).
+    dies. Whoever stops reading early must call abort() (try/finally). prompt_logprobs is complete before the first
+    event, vector before the last.
     """
 
     __slots__ = (
         *("_client", "_ended", "_error", "_events", "_wake"),
-        *("first_token_at", "id", "priority", "submitted_at", "vector"),
+        *("first_token_at", "id", "priority", "prompt_logprobs", "submitted_at", "vector"),
         "owner",
     )
 
@@ -72,7 +74,8 @@ class RequestStream:
         self.id, self.priority = request_id, priority
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None  # monotonic seconds, as submitted_at
-        self.vector: bytes | None = None  # [E] float32 of an "embed" request, there before its final event
+        self.prompt_logprobs: list[TokenLogprobs | None] = []  # of each token of the prompt, if asked for
+        self.vector: bytes | None = None  # [E] float32 of an "embed" request
         self.owner: object = None  # whom it is computed for, as submit() was told
         self._client = client
         self._events: list[TokenEvent] = []
@@ -84,6 +87,12 @@ class RequestStream:
     def done(self) -> bool:
         """True when no event is left to read and none will come."""
         return self._ended and not self._events and self._error is None
+
+    async def wait(self) -> None:
+        """Until there is something to read: events, the end or an error. Not beside a merge() that has begun."""
+        while not self._events and not self._ended:
+            self._wake.clear()
+            await self._wake.wait()
 
     def take(self) -> list[TokenEvent]:
         """The events that arrived since the last read, without waiting.
@@ -113,8 +122,7 @@ class RequestStream:
                 return events
             if self._ended:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            await self.wait()
 
     def _push(self, event: TokenEvent, now: float) -> None:
         if self.first_token_at is None and event.token_id is not None:
@@ -298,6 +306,9 @@ class EngineClient:
         match message:
             case StepEvents():
                 self._deliver(message)
+            case PromptLogprobs():
+                if (stream := self._streams.get(message.request_id)) is not None:
+                    stream.prompt_logprobs.extend(message.logprobs)
             case Embedded(request_id, vector):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.vector = vector

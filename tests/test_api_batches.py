@@ -132,7 +132,7 @@ def test_an_unknown_file_makes_a_failed_batch(server: ApiServer):
     ("change", "param", "code"),
     [
         ({"endpoint": None}, "endpoint", "missing_required_parameter"),
-        ({"endpoint": "/v1/embeddings"}, "endpoint", "invalid_value"),
+        ({"endpoint": "/v1/moderations"}, "endpoint", "invalid_value"),
         ({"endpoint": 1}, "endpoint", "invalid_type"),
         ({"completion_window": "1h"}, "completion_window", "invalid_value"),
         ({"input_file_id": None}, "input_file_id", "missing_required_parameter"),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from engines import (
     shared_engine,
     shared_folder,
 )
-from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, tiny_tokenizer
+from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.compile import StagedStep, WholeStep
+from jaxserve.engine.runner import ModelRunner
 from jaxserve.model import llama
 from jaxserve.scheduling.scheduler import SchedulerConfig
 from jaxserve.types import SamplingParams
@@ -121,6 +123,21 @@ def test_whole_and_staged_steps_and_all_layouts_give_the_same_log_probabilities(
             for a, b in zip(want.logprobs[:count], got.logprobs, strict=True):
                 assert a is not None and b is not None
                 np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, atol=2e-5, err_msg=layout)
+        check_readings(runner, sizes, name, wanted[0][0], layout)
+
+
+def check_readings(runner: ModelRunner, sizes: SchedulerConfig, name: str, prompt: list[int], layout: str) -> None:
+    """What a prompt tells in a layout, against the reference: its log-probabilities and its mean vector."""
+    ending = SamplingParams(max_tokens=0, seed=0, num_prompt_logprobs=0)
+    driver = Driver(runner, replace(sizes, pooling="mean"))
+    scored, embedded = driver.run([(prompt, ending), (prompt, None)])
+    hidden, head = numpy_hidden(shared_folder(name), prompt)
+    table = log_softmax(hidden @ head.T)
+    told = [item.logprob for item in scored.prompt_logprobs if item is not None]
+    np.testing.assert_allclose(told, table[np.arange(len(prompt) - 1), prompt[1:]], atol=2e-5, err_msg=layout)
+    mean = hidden.mean(0) / np.linalg.norm(hidden.mean(0))
+    assert embedded.vector is not None
+    np.testing.assert_allclose(embedded.vector, mean, atol=2e-5, err_msg=layout)
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3_SCALING], ids=str)

@@ -76,7 +76,7 @@ def _load(serving: Serving) -> dict[str, Any]:
         "num_used_tokens": held * ready.page_size,
         "max_total_num_tokens": ready.num_pages * ready.page_size,
         "max_running_requests": ready.max_running,
-        "token_usage": round(held / ready.num_pages, 4),
+        "token_usage": round(held / max(ready.num_pages, 1), 4),
         "utilization": round(running / ready.max_running, 4),
         "cache_hit_rate": round(cached / prompt, 4) if prompt else 0.0,
         "gen_throughput": round(serving.metrics.throughput.value(), 2),

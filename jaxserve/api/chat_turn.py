@@ -49,6 +49,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     """Raises APIError, ParameterError. priority: 0 interactive, 1 batch."""
     tokenizer, _ = serving.require_ready()
     serving.check_model(request.model)
+    serving.require_generating()
     num_logprobs = _num_logprobs(request)
     tools = _tools(serving, request)
     text, inside = _render(serving, request, tools)

@@ -68,6 +68,7 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     serving.require_ready()
     request = parse_request(CompletionRequest, body, serving.fields)
     serving.check_model(request.model)
+    serving.require_generating()
     _check(request)
     prompts = await _encode_prompts(serving, request)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens

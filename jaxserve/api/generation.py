@@ -115,6 +115,7 @@ def generate_options(
 def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int) -> list[SamplingParams]:
     """One SamplingParams per choice. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
+    serving.require_generating()
     params = resolve_sampling(
         wanted,
         tokenizer=tokenizer,

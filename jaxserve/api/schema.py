@@ -9,6 +9,7 @@ Ranges are checked where the words become SamplingParams (text.params), so that 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -223,6 +224,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 }
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
+M = TypeVar("M", bound=BaseModel)
 
 
 class FieldLog:
@@ -241,6 +243,14 @@ class FieldLog:
 def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
     """body -> a request with right types. Raises APIError 400 naming the field at fault."""
     refused = REFUSED | (REFUSED_IN_CHAT if kind is ChatRequest else REFUSED_IN_COMPLETIONS)
+    request = parse_fields(kind, body, refused, fields)
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
+    return request
+
+
+def parse_fields(kind: type[M], body: dict[str, Any], refused: Mapping[str, Refused], fields: FieldLog) -> M:
+    """The same for any route, by its own table of refused fields."""
     for name, value in body.items():
         if name in kind.model_fields:
             continue
@@ -250,12 +260,9 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
         elif value is not None and not is_neutral(value, rule.neutral):
             raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
     try:
-        request = kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise as_invalid_request(error, kind) from None
-    if request.stream_options is not None and not request.stream:
-        raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
-    return request
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -270,9 +277,9 @@ def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Excepti
     if first["type"] == "missing":
         return invalid_request(f"You must provide the field {name!r}.", name, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
-    if name in ("prompt", "stop") and not first["type"].startswith("value_error"):
+    if name in ("prompt", "input", "stop") and not first["type"].startswith("value_error"):
         allowed = "a string or an array of strings"
-        message = allowed + (", or token ids as [int] or [[int]]" if name == "prompt" else "") + " is expected"
+        message = allowed + ("" if name == "stop" else ", or token ids as [int] or [[int]]") + " is expected"
         return invalid_request(f"Invalid type for {name!r}: {message}.", name, "invalid_type")
     where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"

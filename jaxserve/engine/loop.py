@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxserve.scheduling.plan import StepPlan, StepResult
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, StepEvents, Stop, ToEngine
 
@@ -90,7 +91,10 @@ class EngineLoop:
                     return False
 
     def _commit(self, plan: StepPlan, handle: Pending) -> None:
-        events = self._scheduler.commit(plan, handle.result(), self._compilations())
+        result = handle.result()
+        for message in read_messages(plan, result):
+            self._send(message)
+        events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
         self._emit(events)
 
@@ -151,7 +155,13 @@ class StepLog:
         self._tokens, self._since = 0, now
 
 
-def start_watchdog(loop: EngineLoop, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+class Turning(Protocol):
+    """A loop that says since when its turn has lasted; None between two turns."""
+
+    busy_since: float | None
+
+
+def start_watchdog(loop: Turning, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
     """End the process when a turn takes longer than timeout seconds: a hung device never comes back by itself."""
 
     def watch() -> None:

@@ -19,6 +19,8 @@ from jaxserve.progress import CLEAR_LINE
 from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
 
 if TYPE_CHECKING:
+    from jaxserve.config import EncoderConfig
+    from jaxserve.engine.encoder import EncoderLoop
     from jaxserve.engine.loop import EngineLoop
 
 logger = logging.getLogger("jaxserve.engine")
@@ -70,9 +72,13 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
 
 def _start(
     config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
-) -> "tuple[EngineLoop, Callable[[], None]]":
+) -> "tuple[EngineLoop | EncoderLoop, Callable[[], None]]":
     """Sizes, then weights and programs side by side, then one run of each program. -> the loop, and what to call after
     it."""
+    from jaxserve.engine.weights import read_encoder_config
+
+    if (encoder := read_encoder_config(config)) is not None:
+        return _start_encoder(config, encoder, inbox, send), lambda: None
     from jaxserve.engine.build import build
     from jaxserve.engine.loop import EngineLoop, start_watchdog
     from jaxserve.engine.record import RecordingRunner
@@ -113,10 +119,59 @@ def _start(
             num_programs=engine.runner.num_programs,
             cache_misses=engine.counter.cache_misses,
             seconds=time.monotonic() - started,
+            embedding_size=engine.model.embed_dim,
         )
     )
     path = config.record_plans
     return loop, lambda: recorder.save(path) if recorder is not None and path is not None else None
+
+
+def _start_encoder(
+    config: EngineConfig,
+    model: "EncoderConfig",
+    inbox: "queue.SimpleQueue[ToEngine]",
+    send: Callable[[FromEngine], None],
+) -> "EncoderLoop":
+    """The same for a model that makes vectors only."""
+    from jaxserve.engine.encoder import EncoderLoop, build_encoder
+    from jaxserve.engine.loop import start_watchdog
+
+    started = time.monotonic()
+    engine = build_encoder(config, model, lambda *stage: send(Progress(*stage)))
+    for note in engine.notes:
+        logger.warning("%s", note)
+    engine.counter.start_counting_this_thread()
+    loop = EncoderLoop(
+        engine.buckets,
+        engine.runner,
+        inbox,
+        send,
+        compilations=lambda: engine.counter.after_ready,
+        overlap=not config.disable_overlap,
+    )
+    if config.watchdog_timeout > 0:
+        start_watchdog(loop, config.watchdog_timeout)
+    gc.collect()
+    gc.freeze()
+    send(
+        Ready(
+            max_model_len=engine.max_len,
+            page_size=0,
+            num_pages=0,
+            max_running=max(bucket.num_rows for bucket in engine.buckets),
+            vocab_size=model.vocab_size,
+            platform=engine.platform,
+            device_kind=engine.device_kind,
+            num_devices=1,
+            dtype=engine.dtype,
+            num_programs=engine.runner.num_programs,
+            cache_misses=engine.counter.cache_misses,
+            seconds=time.monotonic() - started,
+            embedding_size=model.embed_dim,
+            generates=False,
+        )
+    )
+    return loop
 
 
 def _read(

@@ -24,7 +24,7 @@ class RecordingRunner:
 
     def launch(self, plan: StepPlan) -> "RecordedHandle":
         # sequences are left out: they change, and hold every token of their request.
-        self._launched.append((replace(plan, sequences=()), self._clock()))
+        self._launched.append((replace(plan, sequences=(), readings=None), self._clock()))
         return RecordedHandle(self._runner.launch(plan), self._on_result)
 
     def _on_result(self, result: StepResult) -> None:

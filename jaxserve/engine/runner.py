@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.compile import Programs, Target, compile_programs, layers_per_program
+from jaxserve.engine.readout import Reader, Reading
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape
 from jaxserve.model import sampling
 from jaxserve.model.sharding import Params
@@ -21,9 +22,10 @@ from kernels_pallas import cache as kv_cache
 class Handle:
     """A step in flight. result() waits for it."""
 
-    def __init__(self, output: StepOutput, wants_logprobs: bool):
+    def __init__(self, output: StepOutput, wants_logprobs: bool, reading: Reading | None):
         self._output = output
         self._wants_logprobs = wants_logprobs
+        self._reading = reading
         for array in (output.token_ids, output.num_tokens):
             array.copy_to_host_async()
 
@@ -35,7 +37,8 @@ class Handle:
         else:
             empty = np.zeros((*tokens.shape, 0), np.float32)
             rest = (np.zeros(tokens.shape, np.float32), empty.astype(np.int32), empty)
-        return StepResult(tokens, np.asarray(output.num_tokens), *rest)
+        read = None if self._reading is None else self._reading.result()
+        return StepResult(tokens, np.asarray(output.num_tokens), *rest, read)
 
 
 class ModelRunner:
@@ -51,6 +54,7 @@ class ModelRunner:
         self._programs: Programs
         self._params: Params
         self._state: DeviceState
+        self._reader: Reader
 
     @property
     def num_programs(self) -> int:
@@ -80,15 +84,27 @@ class ModelRunner:
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), self._abstract_state()
         )
         self._admit(Admission(self._sizes.max_running, (), 0, (), ()))
-        for done, bucket in enumerate(self._programs.steps, start=1):
-            self._run(bucket, self.padding_plan(bucket), warm_up=True).token_ids.block_until_ready()
-            progress(done, len(self._programs.steps))
+        programs = self._programs
+        num_spans = max((bucket.num_chunks for bucket in programs.steps), default=0)
+        self._reader = Reader(programs.score, programs.pool, params, self._replicated, num_spans)
+        hidden = None
+        for done, bucket in enumerate(programs.steps, start=1):
+            output = self._run(bucket, self.padding_plan(bucket), warm_up=True)
+            output.token_ids.block_until_ready()
+            hidden = output.hidden if hidden is None else hidden
+            progress(done, len(programs.steps))
+        if hidden is not None:
+            self._reader.warm_up(hidden)
 
     def launch(self, plan: StepPlan) -> Handle:
         for admission in plan.admissions:
             self._admit(admission)
         output = self._run(plan.bucket, plan.packed)
-        return Handle(output, bool((plan.arrays.flags & LOGPROBS).any()))
+        reading = None
+        if plan.readings is not None:
+            assert output.hidden is not None, "only prefill tokens are read"
+            reading = self._reader.launch(plan.readings, output.hidden)
+        return Handle(replace(output, hidden=None), bool((plan.arrays.flags & LOGPROBS).any()), reading)
 
     def padding_plan(self, bucket: Bucket) -> np.ndarray:
         """A packed plan all of whose rows are unused."""

@@ -121,11 +121,11 @@ class RowTable:
             arrays.positions[at : at + span] = np.arange(first, first + span)
             slots[row] = sequence.slot
             arrays.kv_lens[row] = sequence.num_computed = stop
-            if sequence.is_prefilling:
+            if sequence.is_prefilling or not sequence.answers:
                 unflagged.append(row)
-            else:
-                if sequence.length < sequence.min_length:
-                    suppressed.append(row)
+            elif sequence.length < sequence.min_length:
+                suppressed.append(row)
+            if not sequence.is_prefilling:  # its token is in flight, or its end
                 sequence.num_in_flight += 1
         arrays.chunk_starts[:] = end
         arrays.chunk_starts[: len(starts)] = starts

@@ -19,6 +19,7 @@ from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.picked import Frontier, Picked
 from jaxserve.scheduling.plan import EMIT, Admission, StepPlan, StepResult
 from jaxserve.scheduling.radix import RadixTree
+from jaxserve.scheduling.readings import plan_readings
 from jaxserve.scheduling.rows import RowTable
 from jaxserve.scheduling.sequence import Sequence
 from jaxserve.scheduling.waiting import WaitingQueue, longest_match_order
@@ -60,11 +61,12 @@ class Scheduler:
         """
         if request.id in self._known:
             raise ValueError(f"request id {request.id} is in use; ids must be unique until their last event")
-        sequence = Sequence.of(request, self._num_arrived, now, self.config.max_model_len)
-        if sequence.num_prompt >= self.config.max_model_len:
+        config = self.config
+        sequence = Sequence.of(request, self._num_arrived, now, config.max_model_len, config.pooling)
+        if sequence.num_prompt + sequence.answers > config.max_model_len:
             raise ValueError(
                 f"prompt has {sequence.num_prompt} tokens; with one to answer, this server takes "
-                f"{self.config.max_model_len - 1} (--max-model-len)"
+                f"{config.max_model_len - 1} (--max-model-len)"
             )
         tokens = max(sequence.num_prompt, sequence.max_length - 1)  # the last token sampled is never computed
         if -(-tokens // self.config.page_size) > self._pool.num_pages:
@@ -325,6 +327,7 @@ class Scheduler:
         return replace(
             plan,
             admissions=tuple(_admission(s) for s in picked.admitted if s.request.params.needs_slot_state),
+            readings=plan_readings(plan),
             num_new_sequences=len(picked.admitted),
             num_cached_tokens=num_cached,
         )
@@ -337,6 +340,7 @@ class Scheduler:
         flags, counts, tokens = plan.arrays.flags.tolist(), result.num_tokens.tolist(), result.token_ids.tolist()
         for row, sequence in plan.sequences:
             if not flags[row] & EMIT:
+                self._commit_end(sequence, int(plan.arrays.kv_lens[row]), columns)
                 continue
             sequence.num_in_flight -= 1
             for n, token in enumerate(tokens[row][: counts[row]]):
@@ -346,6 +350,15 @@ class Scheduler:
                 count = sequence.request.params.num_logprobs
                 columns.add(sequence, token, reason, None if count is None else token_logprobs(result, row, n, count))
         return columns.events(self.stats(compilations))
+
+    def _commit_end(self, sequence: Sequence, computed: int, columns: EventColumns) -> None:
+        """A step without a token for this sequence was read: the end of one that answers with none?"""
+        if sequence.answers or computed < sequence.num_prompt:
+            return
+        sequence.num_in_flight -= 1
+        if not sequence.done:
+            self._end(sequence)
+            columns.add(sequence, None, "stop" if sequence.request.task == "embed" else "length", None)
 
     def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
         reason: FinishReason | None = None
