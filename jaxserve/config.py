@@ -205,6 +205,7 @@ class EngineConfig:
 
     model_path: str  # local folder: HF files, a converted checkpoint, or config.json alone with load_format "dummy"
     cache_dir: str
+    tokenizer_path: str | None = None  # folder of the tokenizer.json that grammars are made for; None: model_path
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     gguf_path: str | None = None  # weights come from this file; model_path holds its tokenizer.json and config.json
     orbax_path: str | None = (

@@ -116,6 +116,7 @@ def configure_logging(config: ServerConfig) -> None:
                     "use_colors": False,
                 },
             },
+            "filters": {"probes": {"()": "jaxserve.launch.ProbeFilter"}},
             "handlers": {
                 "plain": {"class": "logging.StreamHandler", "formatter": "plain"},
                 "access": {"class": "logging.StreamHandler", "formatter": "access"},
@@ -127,12 +128,24 @@ def configure_logging(config: ServerConfig) -> None:
                 "uvicorn.error": {"level": "WARNING"},
                 "uvicorn.access": {
                     "handlers": ["access"],
+                    "filters": ["probes"],
                     "level": (config.log_level_http or config.log_level).upper(),
                     "propagate": False,
                 },
             },
         }
     )
+
+
+class ProbeFilter(logging.Filter):
+    """Access lines of /health are of level DEBUG: probes ask every second or so, for ever."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+        if str(path).partition("?")[0] != "/health":
+            return True
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
 
 
 class LogFormatter(logging.Formatter):
@@ -236,6 +249,7 @@ class FrontEnd:
         engine_config = EngineConfig(
             model_path=resolved.folder,
             cache_dir=options.cache_dir or "",
+            tokenizer_path=config.tokenizer_path,
             gguf_path=resolved.gguf_path,
             orbax_path=resolved.orbax_path,
             **options.engine,

@@ -94,7 +94,7 @@ class StepEvents:
     token)."""
 
     request_ids: tuple[int, ...]
-    token_ids: tuple[int | None, ...]  # None where a request ends without a token: "abort", embed, max_tokens 0
+    token_ids: tuple[int | None, ...]  # None where a request ends without a token: abort, embed, max_tokens 0, grammar
     finish_reasons: tuple[FinishReason | None, ...]
     cached_tokens: tuple[int, ...]  # prompt tokens of this request that came from the prefix cache
     logprobs: tuple[TokenLogprobs | None, ...]

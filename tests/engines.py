@@ -27,10 +27,11 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.scheduling.grammar import Vocabulary
 from jaxserve.scheduling.plan import StepPlan
 from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
-from jaxserve.types import Embedded, EngineStats, Request, SamplingParams, TokenLogprobs
+from jaxserve.types import Embedded, EngineStats, Request, SamplingParams, StepEvents, TokenLogprobs
 from kernels_pallas.attention import choose
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,6 +124,7 @@ class Driver:
     runner: Runner
     config: SchedulerConfig
     overlap: bool = True
+    vocabulary: Vocabulary | None = None  # for requests with a grammar
     plans: list[StepPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -135,15 +137,21 @@ class Driver:
 
     def run(
         self,
-        wanted: Iterable[tuple[Sequence[int], SamplingParams | None]],
+        wanted: Iterable[
+            tuple[Sequence[int], SamplingParams | None] | tuple[Sequence[int], SamplingParams, str | None]
+        ],
         on_turn: Callable[[int], None] = lambda turn: None,
     ) -> list[Answer]:
-        """(prompt, params) of requests that arrive together -> their answers, in that order. No params: embed it."""
+        """(prompt, params, grammar) of requests that arrive together -> their answers, in that order. No params: embed
+        it."""
         answers: dict[int, Answer] = {}
-        for prompt, params in wanted:
+        for prompt, params, *more in wanted:
+            grammar = more[0] if more else None
+            matcher = self.vocabulary.compile(grammar) if grammar is not None and self.vocabulary is not None else None
             task: Any = "embed" if params is None else "generate"
             given = params or SamplingParams(max_tokens=0, seed=0)
-            self.scheduler.add(Request(self._next_id, tuple(prompt), given, task=task), 0.0)
+            request = Request(self._next_id, tuple(prompt), given, grammar=grammar, task=task)
+            self.scheduler.add(request, 0.0, matcher)
             answers[self._next_id] = Answer()
             self._next_id += 1
         flight: deque[tuple[StepPlan, Any]] = deque()
@@ -159,6 +167,10 @@ class Driver:
                 flight.append((plan, self.runner.launch(plan)))
             while len(flight) > (plan is not None):
                 self._commit(*flight.popleft(), answers)
+            if plan is not None and plan.is_constrained:
+                masks, events = self.scheduler.constrain(plan)
+                flight[-1][1].sample(masks)
+                self._read(events, answers)
             self.scheduler.check_invariants()
         return list(answers.values())
 
@@ -172,7 +184,9 @@ class Driver:
             else:
                 assert message.first == len(answer.prompt_logprobs)
                 answer.prompt_logprobs.extend(message.logprobs)
-        events = self.scheduler.commit(plan, result)
+        self._read(self.scheduler.commit(plan, result), answers)
+
+    def _read(self, events: StepEvents, answers: dict[int, Answer]) -> None:
         columns = (events.request_ids, events.token_ids, events.finish_reasons, events.cached_tokens, events.logprobs)
         for request_id, token, reason, cached, logprobs in zip(*columns, strict=True):
             answer = answers[request_id]

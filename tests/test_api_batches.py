@@ -284,6 +284,7 @@ def test_the_engine_sees_no_more_than_the_concurrency(store: SQLiteStore):
         def watch() -> None:
             while not stop.is_set():
                 most[0] = max(most[0], server.engine.num_running)
+                time.sleep(0.0005)  # or it would hold the GIL against those it watches
 
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -274,7 +274,6 @@ def test_thinking_is_told_from_the_answer(thinker):
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
     assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "hm, let me see"
     assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
-    assert sum("reasoning_content" in delta for delta in deltas) > 1
     assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == len(thought[0])
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from jaxserve.text.chat_template import ChatTemplate
-from jaxserve.text.dialect import dialect_of, prompt_thinks
+from jaxserve.text.dialect import dialect_of, thinking_after
 from jaxserve.text.tool_messages import fit
 from tests.api_server import TOKENIZER
 from tests.fakes import CHATML
@@ -93,6 +93,7 @@ def test_flags_win_over_the_template():
 
 
 def test_whether_a_reply_begins_in_thought():
-    assert prompt_thinks("<|assistant|><think>\n", None) and not prompt_thinks("what is <think>?<|assistant|>", None)
-    assert prompt_thinks("...", "<think>\nWell") and not prompt_thinks("...", "<think>a</think>b")
-    assert not prompt_thinks("...<think>", "done")
+    assert thinking_after("<|assistant|><think>\n", None) == thinking_after("...", "<think>\nWell") == "inside"
+    assert thinking_after("what is <think>?<|assistant|>", None) == "open"
+    assert thinking_after("<think>\n\n</think>\n\n", None) == thinking_after("...", "<think>a</think>b") == "over"
+    assert thinking_after("...<think>", "done") == "over"

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.api.constraints import turn_grammar
 from jaxserve.api.errors import invalid_request, unsupported
 from jaxserve.api.generation import (
     Deltas,
@@ -24,7 +25,7 @@ from jaxserve.api.schema import ChatRequest
 from jaxserve.api.serving import Serving
 from jaxserve.api.tools import ToolUse, read_tools
 from jaxserve.text.chat_template import TemplateError
-from jaxserve.text.dialect import prompt_thinks
+from jaxserve.text.dialect import Thinking, thinking_after
 from jaxserve.text.message import MessageDelta
 from jaxserve.text.message_parser import MessageParser, Reading
 from jaxserve.text.tool_messages import fit
@@ -52,7 +53,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     serving.require_generating()
     num_logprobs = _num_logprobs(request)
     tools = _tools(serving, request)
-    text, inside = _render(serving, request, tools)
+    text, thinking = _render(serving, request, tools)
     prompt = await encode(serving, text, "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     wanted = sampling_request(request, max_tokens, num_logprobs)
@@ -61,7 +62,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     reading = dialect.reading(
         tokenizer,
         tools.names,
-        inside=inside,
+        thinking=thinking,
         separate=request.separate_reasoning is not False,
         show=request.include_reasoning is not False,
         stream=request.stream_reasoning is not False,
@@ -72,6 +73,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
         request,
         after_text=bool(request.continue_final_message),
         priority=priority,
+        grammar=await turn_grammar(serving, request, tools, thinking),
         kept_special_ids=dialect.kept_ids(tokenizer, reading),
     )
     deltas = deltas_of(serving, [prompt], [params], options)
@@ -86,10 +88,6 @@ def _tools(serving: Serving, request: ChatRequest) -> ToolUse:
     if tools.tools and serving.dialect().format is None:
         message = "This server was started with --tool-call-parser none, so it cannot tell tool calls from text."
         raise unsupported(message, "tools")
-    if tools.mode == "required":
-        raise unsupported(
-            "A tool_choice that forces a call is not supported yet; 'auto' and 'none' are.", "tool_choice"
-        )
     return tools
 
 
@@ -109,8 +107,8 @@ def render(serving: Serving, request: ChatRequest) -> str:
     return _render(serving, request, _tools(serving, request))[0]
 
 
-def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str, bool]:
-    """-> (prompt, whether the reply begins inside of <think>)."""
+def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str, Thinking]:
+    """-> (prompt, where it leaves the thinking)."""
     tokenizer, _ = serving.require_ready()
     messages = plain_messages(request.messages)
     proceed = bool(request.continue_final_message)
@@ -124,8 +122,8 @@ def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str
         message = "This model has no chat template; start the server with --chat-template, or use /v1/completions."
         raise invalid_request(message, "messages", "no_chat_template")
     add = not proceed if request.add_generation_prompt is None else request.add_generation_prompt
-    fitted, described = fit(serving.dialect(), messages, tools.tools)
     try:
+        fitted, described = fit(serving.dialect(), messages, tools.tools)
         prompt = tokenizer.chat_template.render(
             fitted,
             tools=described,
@@ -136,7 +134,9 @@ def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str
         )
     except TemplateError as error:
         raise invalid_request(f"The chat template refused the messages: {error}", "messages") from None
-    return prompt, prompt_thinks(prompt, messages[-1]["content"] if proceed else None)
+    except RecursionError:
+        raise invalid_request("'tools' or the arguments of a tool call are nested too deeply.", "tools") from None
+    return prompt, thinking_after(prompt, messages[-1]["content"] if proceed else None)
 
 
 def _template_variables(serving: Serving, request: ChatRequest) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from jaxserve.api import running
 from jaxserve.api.completions import check_ids
+from jaxserve.api.constraints import request_grammar
 from jaxserve.api.errors import invalid_request
 from jaxserve.api.generate_schema import GenerateRequest, NativeSampling, PromptRequest, parse_generate
 from jaxserve.api.generation import MAX_SEQUENCES, Deltas, at_least, deltas_of, encode, resolve, with_errors
@@ -138,7 +139,7 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     ]
     outputs = _outputs(tokenizer, request, wanted, prompts, num_choices)
     running.also_known_as(*(output.id for output in outputs), *request.rids())
-    options = [_options(each.sampling, priority) for each in wanted]
+    options = [_options(each.sampling, priority, await _grammar(serving, each.sampling)) for each in wanted]
     deltas = deltas_of(serving, prompts, params, options, partial=True)
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
@@ -197,7 +198,14 @@ def _renamed(error: ParameterError) -> ParameterError:
     return ParameterError(message, where, error.code)
 
 
-def _options(given: NativeSampling, priority: int) -> GenerateOptions:
+async def _grammar(serving: Serving, given: NativeSampling) -> str | None:
+    try:
+        return await request_grammar(serving, given)
+    except ParameterError as error:
+        raise _renamed(error) from None
+
+
+def _options(given: NativeSampling, priority: int, grammar: str | None) -> GenerateOptions:
     return GenerateOptions(
         stop=given.stops,
         include_stop=bool(given.no_stop_trim),
@@ -205,6 +213,7 @@ def _options(given: NativeSampling, priority: int) -> GenerateOptions:
         priority=priority,
         after_text=True,
         every_token=True,
+        grammar=grammar,
     )
 
 

@@ -10,6 +10,7 @@ from jaxserve.api.errors import invalid_request, unsupported
 from jaxserve.api.schema import (
     MAX_CHOICES,
     MAX_ID_LENGTH,
+    REFUSED,
     FieldLog,
     Refused,
     TokenId,
@@ -48,6 +49,9 @@ class NativeSampling(BaseModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    json_schema: Any = None  # these three: text.grammar knows their types; one of them at most
+    regex: Any = None
+    ebnf: Any = None
 
     @property
     def num_choices(self) -> int:
@@ -143,10 +147,7 @@ REFUSED_IN_SAMPLING: dict[str, Refused] = {
     "stop_regex": Refused("stop takes strings, not patterns", ("", [])),
     "custom_params": _CODE,
     "beam_width": Refused("beam search is not supported", (0, 1)),
-    "regex": Refused("structured output is not supported on this route yet"),
-    "json_schema": Refused("structured output is not supported on this route yet"),
-    "ebnf": Refused("structured output is not supported on this route yet"),
-    "structural_tag": Refused("structured output is not supported on this route yet"),
+    "structural_tag": REFUSED["structural_tag"],
 }
 
 

@@ -95,7 +95,12 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
 
 
 def generate_options(
-    request: GenerationRequest, *, after_text: bool, priority: int = 0, kept_special_ids: frozenset[int] = frozenset()
+    request: GenerationRequest,
+    *,
+    after_text: bool,
+    priority: int = 0,
+    grammar: str | None = None,
+    kept_special_ids: frozenset[int] = frozenset(),
 ) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
@@ -109,6 +114,7 @@ def generate_options(
         after_text=after_text,
         priority=priority,
         kept_special_ids=kept_special_ids,
+        grammar=grammar,
     )
 
 

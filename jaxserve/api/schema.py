@@ -55,6 +55,17 @@ class GenerationRequest(BaseModel):
     stop_token_ids: list[TokenId] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    # The form of the answer, one of them at most; text.grammar knows their types, which peers define differently.
+    response_format: Any = None
+    json_schema: Any = None  # SGLang, as regex and ebnf
+    regex: Any = None
+    ebnf: Any = None
+    grammar: Any = None  # llama.cpp: GBNF, or Lark
+    structured_outputs: Any = None  # vLLM, as the guided_ ones, its older names
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
@@ -126,25 +137,14 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
-_GRAMMAR = Refused("structured output is not supported yet; ask for the format in the prompt and leave the field out")
 _TOOLS = Refused("this is the older form; send tools and tool_choice", ([], "none", "auto"))
 _CACHE = Refused("separate prefix caches are not supported")
 _SAMPLER = "this sampler is not supported; temperature, top_k, top_p and min_p are"
 
 REFUSED: dict[str, Refused] = {
-    "response_format": Refused(_GRAMMAR.why, ({"type": "text"},)),
     "functions": _TOOLS,
     "function_call": _TOOLS,
-    "regex": _GRAMMAR,
-    "ebnf": _GRAMMAR,
-    "grammar": Refused(_GRAMMAR.why, ("",)),
-    "json_schema": _GRAMMAR,
-    "structured_outputs": _GRAMMAR,
-    "guided_json": _GRAMMAR,
-    "guided_regex": _GRAMMAR,
-    "guided_choice": _GRAMMAR,
-    "guided_grammar": _GRAMMAR,
-    "structural_tag": _GRAMMAR,
+    "structural_tag": Refused("text that changes between free and constrained is not supported; a grammar can say it"),
     "modalities": Refused("only text is generated here", ([], ["text"])),
     "audio": Refused("only text is generated here"),
     "web_search_options": Refused("this server does not search the web"),

@@ -14,6 +14,7 @@ from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
 from jaxserve.store import Store
 from jaxserve.text.dialect import Dialect, dialect_of
+from jaxserve.text.grammar import GrammarChecker
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
 
@@ -41,6 +42,7 @@ class Serving:
     batch_worker: "BatchWorker | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
+    _checker: GrammarChecker | None = None
     clock: Callable[[], float] = time.time
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
     _dialect: Dialect | None = None
@@ -76,6 +78,14 @@ class Serving:
         if self._dialect is None:
             self._dialect = dialect_of(tokenizer, self.config.tool_call_parser, self.config.reasoning_parser)
         return self._dialect
+
+    @property
+    def grammar_checker(self) -> GrammarChecker:
+        """It remembers the grammars it found sound. Raises APIError 503 as require_ready."""
+        tokenizer, _ = self.require_ready()
+        if self._checker is None:
+            self._checker = GrammarChecker(tokenizer)
+        return self._checker
 
     @property
     def generates(self) -> bool:

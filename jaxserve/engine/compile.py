@@ -24,7 +24,7 @@ from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
 from jaxserve.model import sampling
 from jaxserve.model.sharding import Params
-from jaxserve.scheduling.plan import Bucket, packed_size
+from jaxserve.scheduling.plan import Bucket, num_words, packed_size
 from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -87,16 +87,21 @@ class Target:
 
 
 class WholeStep:
-    """A step as one compiled program."""
+    """A step as one compiled program: it cannot begin before it has its masks."""
 
     def __init__(self, program: Any):
         self._program = program
 
-    def __call__(
+    def begin(
         self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
-    ) -> tuple[DeviceState, StepOutput]:
+    ) -> tuple[DeviceState, jax.Array]:
         del warm_up  # one run of the one program
-        return self._program(params, state, vector)
+        return state, vector
+
+    def finish(
+        self, params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        return self._program(params, state, vector, masks)
 
 
 @dataclass(frozen=True)
@@ -104,29 +109,36 @@ class StagedStep:
     """A step as a chain of compiled programs, one of which runs several times, on n layers each.
 
     XLA's CPU compiler takes 0.4 s a layer on two cores and shares nothing between equal layers; a call costs 0.1 ms.
+    All but the last program runs before the masks are known.
     """
 
-    begin: Any
+    first: Any  # step.begin
     layers: Any
     pick: Any | None  # None: every token is a row's last one
-    finish: Any
+    sample: Any  # step.finish
     firsts: tuple[jax.Array, ...]  # the number of the first layer of each run
 
-    def __call__(
+    def begin(
         self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
-    ) -> tuple[DeviceState, StepOutput]:
+    ) -> tuple[DeviceState, Any]:
         """warm_up: every program once, on the first layers only; the tokens mean nothing."""
-        hidden, shared = self.begin(params.embed, state.last_token, vector)
+        hidden, shared = self.first(params.embed, state.last_token, vector)
         cache, size = state.cache, len(params.layers) // len(self.firsts)
         for run, first in enumerate(self.firsts[:1] if warm_up else self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
         prefilled = None
         if self.pick is not None:
             hidden, prefilled = self.pick(hidden, shared)
-        last_token, sampling, output = self.finish(
-            params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
+        return replace(state, cache=cache), (hidden, shared.rows, prefilled)
+
+    def finish(
+        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        hidden, rows, prefilled = begun
+        last_token, sampling, output = self.sample(
+            params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks
         )
-        return DeviceState(cache, last_token, sampling), replace(output, hidden=prefilled)
+        return DeviceState(state.cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
 @dataclass(frozen=True)
@@ -251,7 +263,8 @@ class _Builder:
             picked = functools.partial(pick, shape=t.shape, bucket=bucket)
             rows, _ = self._abstract(jax.eval_shape(picked, rows, shared))
         finish = functools.partial(finish_step, shape=t.shape)
-        arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
+        state = (t.state.last_token, t.state.sampling)
+        arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
         return self._lower(finish, *arguments, donate=(3, 4))
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
@@ -269,10 +282,10 @@ class _Builder:
             return WholeStep(done["step", bucket])
         firsts = range(0, len(self.target.params.layers), size)
         return StagedStep(
-            begin=done["begin", bucket],
+            first=done["begin", bucket],
             layers=done["layers", bucket],
             pick=done.get(("pick", bucket)),
-            finish=done["finish", bucket.num_rows],
+            sample=done["finish", bucket.num_rows],
             firsts=tuple(jax.device_put(np.int32(first), self.target.replicated) for first in firsts),
         )
 
@@ -280,12 +293,16 @@ class _Builder:
         size = packed_size(bucket, self.target.shape.max_pages)
         return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.target.replicated)
 
+    def _masks(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        shape = (bucket.num_rows, num_words(self.target.shape.config.vocab_size))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.target.replicated)
+
     def _lower_whole(self, bucket: Bucket) -> Any:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
         jitted = jax.jit(function, donate_argnums=1, out_shardings=outputs, keep_unused=True)
-        return jitted.lower(t.params, t.state, self._vector(bucket))
+        return jitted.lower(t.params, t.state, self._vector(bucket), self._masks(bucket))
 
     def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         """Everything between the stages is replicated, but for the cache. Unused arguments stay, so that the text of

@@ -19,6 +19,12 @@ PENALTIES = 8  # reads and updates the slot's token counts
 BIAS = 16  # adds the slot's bias row
 SUPPRESS_STOP = 32  # fewer than min_tokens sampled so far: the slot's stop tokens cannot be sampled
 LOGPROBS = 64
+GRAMMAR = 128  # only tokens of the row's mask can be sampled
+
+
+def num_words(vocab_size: int) -> int:
+    """int32 words of a row's mask, a bit for each token: bit v % 32 of word v // 32."""
+    return -(-vocab_size // 32)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -132,6 +138,11 @@ class StepPlan:
     num_new_sequences: int = 0  # admitted in this step, those that return after a preemption included
     num_new_tokens: int = 0  # prefill tokens of this step
     num_cached_tokens: int = 0  # tokens the sequences admitted in this step found in the prefix tree
+
+    @property
+    def is_constrained(self) -> bool:
+        """True when the step samples only after it was given masks (Scheduler.constrain)."""
+        return bool((self.arrays.flags & GRAMMAR).any())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,16 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from jaxserve.scheduling import plan
 from jaxserve.scheduling.radix import Node
 from jaxserve.types import Request, SamplingParams
+
+if TYPE_CHECKING:  # llguidance takes 0.2 s to import
+    from jaxserve.scheduling.grammar import Matcher
 
 Reads = Literal["scores", "last", "mean"] | None
 
@@ -41,6 +44,7 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix tree at the first admission
     was_admitted: bool = False
     done: bool = False
+    matcher: "Matcher | None" = None  # of request.grammar; it has taken in the tokens after the prompt
     node: Node | None = None  # waiting: deepest match so far; running: deepest own page in the tree
     num_read: int = 0
     pooled: np.ndarray | None = None  # [E] float64: the sum of what was read so far

@@ -4,7 +4,7 @@ both."""
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jaxserve.text.message_parser import Reading
 from jaxserve.text.reasoning import CLOSE, OPEN, ThinkSplitter
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TOOL_CALL_PARSERS = ("auto", *FORMATS, "none")
 REASONING_PARSERS = ("auto", "deepseek-r1", "qwen3", "none")
+
+Thinking = Literal["open", "inside", "over"]  # nothing is said of it; the prompt has begun it; it has ended it
 
 _VARIABLES = ("enable_thinking", "thinking", "reasoning_effort")
 
@@ -40,14 +42,14 @@ class Dialect:
         tokenizer: "Tokenizer",
         names: Collection[str],
         *,
-        inside: bool = False,
+        thinking: Thinking = "open",
         separate: bool = True,
         show: bool = True,
         stream: bool = True,
         skip_special_tokens: bool = True,
         one_call: bool = False,
     ) -> Reading:
-        """How to read a message. names: of the functions that may be called. inside: the prompt has opened <think>.
+        """How to read a message. names: of the functions that may be called. thinking: where the prompt leaves it.
 
         separate, show, stream: the client's separate_reasoning, include_reasoning, stream_reasoning.
         """
@@ -57,8 +59,8 @@ class Dialect:
             marker = tokenizer.backend.token_to_id(form.hidden) if form.hidden else None
             hidden = form.hidden if skip_special_tokens and marker in tokenizer.special_ids else ""
             calls = _maker(form, names, hidden)
-        if self.thinks:
-            splitter = _splitter(inside, self.always_thinks, separate)
+        if self.thinks and thinking != "over":
+            splitter = _splitter(thinking == "inside", self.always_thinks, separate)
         return Reading(splitter, calls, show, stream, tokenizer.backend.token_to_id(CLOSE), one_call)
 
     def kept_ids(self, tokenizer: "Tokenizer", reading: Reading) -> frozenset[int]:
@@ -111,8 +113,9 @@ def _format_in(source: str) -> str | None:
     return None
 
 
-def prompt_thinks(prompt: str, continued: str | None) -> bool:
-    """True when the reply goes on inside of <think>. continued: the message that the reply continues, if it does."""
+def thinking_after(prompt: str, continued: str | None) -> Thinking:
+    """continued: the message that the reply goes on with, if it does."""
     if continued is not None:
-        return OPEN in continued and CLOSE not in continued.rpartition(OPEN)[2]
-    return prompt.rstrip().endswith(OPEN)
+        return "inside" if OPEN in continued and CLOSE not in continued.rpartition(OPEN)[2] else "over"
+    end = prompt.rstrip()
+    return "inside" if end.endswith(OPEN) else "over" if end.endswith(CLOSE) else "open"

@@ -20,6 +20,7 @@ class GenerateOptions:
     skip_special_tokens: bool = True
     kept_special_ids: frozenset[int] = frozenset()  # special tokens that are part of the text all the same
     priority: int = 0  # 0 interactive, 1 batch
+    grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
     every_token: bool = False  # deltas hold the tokens without text too: a stop token, what a stop string cut off
     owner: object = None  # whom it is computed for: EngineClient.end_requests
@@ -56,7 +57,7 @@ async def generate(
     """
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]
-    requests = [Request(client.next_id(), tokens, each, options.priority) for each in params]
+    requests = [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in params]
     streams = client.submit(requests, options.owner)
     try:
         async for index, events in merge(streams):

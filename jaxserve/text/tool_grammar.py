@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxserve.text.grammar import JSON_OPTIONS
+from jaxserve.text.grammar import JSON_OPTIONS, MAX_GRAMMAR_LENGTH
+from jaxserve.text.params import ParameterError
 from jaxserve.text.reasoning import CLOSE, OPEN
 from jaxserve.text.tool_formats import Tool
 
@@ -13,7 +14,7 @@ NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fals
 Thinks = Literal["no", "maybe", "inside"]
 
 
-def turn_grammar(
+def turn_grammar_of(
     tools: Sequence[Tool],
     format_name: str,
     *,
@@ -25,9 +26,13 @@ def turn_grammar(
     """One call of tools, or several where parallel; or else an answer, where there is a grammar for it (serialised, as
     text.grammar makes them). thinks: <think> ... </think> may come first, or the prompt has opened it.
 
-    is_special(text): the text is a special token, which no string of a grammar matches.
+    is_special(text): the text is a special token, which no string of a grammar matches. Raises ParameterError for tools
+    whose schemas are too long together or nested too deeply.
     """
-    rules = _calls(tools, format_name, parallel, is_special) if tools else []
+    try:
+        rules = _calls(tools, format_name, parallel, is_special) if tools else []
+    except RecursionError:
+        raise ParameterError("tools holds a schema that is nested too deeply", "tools") from None
     starts = (["calls"] if tools else []) + (["answer"] if answer is not None else [])
     start = f"({' | '.join(starts)})"
     grammars: list[Mapping[str, Any]] = []
@@ -42,6 +47,9 @@ def turn_grammar(
         opened = f"({_literal(OPEN, is_special)} inside border)?" if thinks == "maybe" else "inside border"
         start = f"{opened} {start}"
     text = "\n".join([f"start: {start}", *rules]) + "\n"
+    if len(text) > MAX_GRAMMAR_LENGTH:
+        problem = f"the schemas of tools have {len(text)} characters together; at most {MAX_GRAMMAR_LENGTH} are allowed"
+        raise ParameterError(problem, "tools")
     return json.dumps({"grammars": [{"lark_grammar": text}, *grammars]})
 
 
