@@ -244,7 +244,8 @@ class FrontEnd:
         if not options.server.served_model_names[1:] and options.server.served_model_names == (options.model,):
             names = tuple(dict.fromkeys((options.model, resolved.name)))
             config = replace(config, served_model_names=names)
-        self.serving.config = replace(config, model_path=resolved.folder)
+        profiles = config.profile_dir or os.path.join(options.cache_dir or "", "profiles")
+        self.serving.config = replace(config, model_path=resolved.folder, profile_dir=profiles)
         self.serving.matryoshka = matryoshka_sizes(resolved.folder)
         engine_config = EngineConfig(
             model_path=resolved.folder,

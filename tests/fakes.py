@@ -22,11 +22,14 @@ from jaxserve.types import (
     EngineStats,
     FinishReason,
     FlushCache,
+    ProfileReport,
     Progress,
     Ready,
     Request,
+    StartProfile,
     StepEvents,
     Stop,
+    StopProfile,
     TokenLogprobs,
 )
 
@@ -61,6 +64,7 @@ class ScriptedEngine:
         self.batches: list[tuple[int, ...]] = []  # ids of each AddRequests
         self.aborted: list[int] = []
         self.num_flushes = 0
+        self.profile: str | None = None  # folder of the one that is being taken
         self.stopped = False
         self._script = script
         sizes = (max_model_len, 16, 100, 8, vocab_size)
@@ -151,6 +155,12 @@ class ScriptedEngine:
                         self.send(self._events([(id_, None, "abort", 0, None) for id_ in known]))
                 case FlushCache():
                     self.num_flushes += 1
+                case StartProfile(folder):
+                    self.send(ProfileReport(self.profile or folder, None, conflict=self.profile is not None))
+                    self.profile = self.profile or folder
+                case StopProfile():
+                    self.send(ProfileReport(self.profile, None, conflict=self.profile is None))
+                    self.profile = None
                 case Stop():
                     self.stopped = True
 

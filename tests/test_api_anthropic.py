@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 from jaxserve.api.anthropic_events import MessageBuilder
 from jaxserve.api.anthropic_request import REFUSED_IN_MESSAGES, as_chat_request, parse_messages_request
 from jaxserve.api.schema import FieldLog
+from jaxserve.text.message import MessageDelta, ToolCallDelta
 from tests.api_server import MODEL, TOKENIZER, ApiServer
-from tests.test_response_events import SAID, deltas
+from tests.test_response_events import NOTHING, SAID, deltas
 
 EVENT = TypeAdapter(RawMessageStreamEvent)
 HI = [{"role": "user", "content": "hi"}]
@@ -180,6 +181,14 @@ def test_however_the_deltas_are_cut_the_blocks_are_the_same_and_the_events_add_u
     assert [block["type"] for block in content] == ["thinking", "text", "tool_use", "tool_use"]
     assert content[0]["thinking"] == "let me see" and content[0]["signature"]
     assert content[2] == {"type": "tool_use", "id": "toolu_0", "name": "f0", "input": {"a": 1}}
+
+
+def test_the_rest_of_a_call_comes_before_what_was_said_after_it():
+    builder = MessageBuilder(show_thinking=True)
+    builder.add(MessageDelta(NOTHING, tool_calls=(ToolCallDelta(0, '{"a":', "call_0", "f"),)))
+    builder.add(MessageDelta(NOTHING, content="and", tool_calls=(ToolCallDelta(0, " 1}"),)))
+    builder.close()
+    assert [block.get("input", "text") for block in builder.content] == [{"a": 1}, "text"]
 
 
 def test_thinking_is_shown_only_where_it_was_asked_for():

@@ -225,7 +225,7 @@ def test_an_unknown_model_is_404_unless_any_is_allowed(server):
 
 def test_unknown_routes_and_methods_have_the_same_shape(server):
     assert error_of(server.http.get("/nope"), 404)["code"] == "not_found"
-    assert error_of(server.post("/v1/embeddings", {}), 404)["code"] == "not_found"
+    assert error_of(server.post("/v1/nothing", {}), 404)["code"] == "not_found"
     reply = server.http.get(CHAT)
     assert error_of(reply, 405)["code"] == "method_not_allowed" and reply.headers["allow"] == "POST"
 

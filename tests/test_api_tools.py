@@ -148,6 +148,45 @@ def test_one_call_at_most_where_parallel_ones_are_not_wanted(server):
     assert {part["index"] for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", [])} == {0}
 
 
+def test_a_forced_call_is_enforced_by_a_grammar(server):
+    """tests/test_tool_grammar.py says what such grammars let through."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named, {"type": ALLOWED, ALLOWED: {"mode": "required", "tools": [named]}}):
+        reply = server.chat(tools=TOOLS, tool_choice=choice, n=2).json()["choices"][1]
+        grammar = server.engine.requests[-1].grammar
+        assert "get_weather" in grammar and ("get_time" in grammar) == (choice == "required")
+        assert reply["finish_reason"] == ("stop" if choice is named else "tool_calls"), "as OpenAI's"
+    server.chat(tools=TOOLS)
+    assert server.engine.requests[-1].grammar is None
+
+
+def test_an_answer_in_a_form_or_calls(server):
+    server.chat(tools=TOOLS, response_format={"type": "json_object"})
+    grammars = json.loads(server.engine.requests[-1].grammar)["grammars"]
+    assert grammars[0]["lark_grammar"].startswith("start: (calls | answer)") and grammars[1]["name"] == "answer"
+    server.chat(tools=TOOLS, tool_choice="none", response_format={"type": "json_object"})
+    assert "calls" not in server.engine.requests[-1].grammar
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be(server):
+    odd = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "odd", "parameters": odd, "strict": True}}]
+    for fields in ({"tool_choice": "required"}, {}):
+        error = error_of(server.chat(tools=tools, **fields), 400)
+        assert error["param"] == "tools.[1].function.parameters" and "odd" in error["message"]
+    tools[1]["function"]["strict"] = False
+    assert server.chat(tools=tools).status_code == 200
+
+
+def test_deep_schemas_are_no_error_of_the_servers(server):
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"properties": {"a": deep}}
+    for choice in ("auto", "required"):
+        tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+        assert server.chat(tools=tools, tool_choice=choice).status_code in (200, 400)
+
+
 def test_a_call_cut_off_by_max_tokens_ends_with_length(server):
     reply = server.chat(
         tools=TOOLS, max_tokens=len(TOKENIZER.encode(f"Let me see.\n{CALL}", add_special_tokens=False)) - 24

@@ -11,7 +11,7 @@ from jaxserve.config import ConfigError
 from jaxserve.llm import LLM
 from jaxserve.text.params import ParameterError
 from jaxserve.text.tokenizer import Tokenizer
-from tests.fakes import ScriptedEngine, say, write_byte_level
+from tests.fakes import ScriptedEngine, say, vector_of, write_byte_level
 
 
 @pytest.fixture
@@ -82,6 +82,25 @@ def test_wrong_options_are_named(start):
     with pytest.raises(TypeError, match="unknown engine option dtpye"):
         LLM(dtpye="float32")
     assert engine.requests == []
+
+
+def test_one_text_gives_a_vector_and_several_a_list(start):
+    llm, engine = start("hello", max_model_len=20)
+    ids = llm.tokenizer.encode("a b", add_special_tokens=True)
+    vector = llm.embed("a b")
+    assert vector == pytest.approx(vector_of(ids, 8), abs=1e-7) and llm.embed(ids) == vector
+    assert llm.embed(["a b", "c"])[0] == vector == llm.embed([ids])[0]
+    assert {request.task for request in engine.requests} == {"embed"}
+    for wrong in ("", [1] * 21, ["a", ""]):
+        with pytest.raises(ValueError, match="1 to 20"):
+            llm.embed(wrong)
+
+
+def test_an_encoder_generates_nothing(start):
+    llm, _ = start("hello", generates=False)
+    assert len(llm.embed("a")) == 8
+    with pytest.raises(ValueError, match="encoder"):
+        llm.generate("a")
 
 
 def test_closing_ends_the_engine_and_further_calls_say_so(start):

@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -204,6 +205,28 @@ def test_the_notebooks_calls_work_as_they_are_written(live: RealServer):
             stream=True,
         )
         assert "\n\n" not in "".join(chunk.choices[0].text or "" for chunk in pieces)
+
+
+def test_a_chat_model_embeds_beside_its_chats(live: RealServer):
+    """Whole prompts, whatever the prefix cache holds, in chunks or not, alone or among others that generate."""
+    texts = ["The sea is blue.", "hello", "The sea is blue. " * 60, "The sea is blue."]
+    create: Any = live.client.embeddings.create
+    with ThreadPoolExecutor(3) as pool:
+        chats = [pool.submit(live.chat, "Count to ten.", max_tokens=24) for _ in range(3)]
+        together = create(model=live.model, input=texts)
+        assert all(chat.result().choices[0].message.content for chat in chats)
+    assert [item.index for item in together.data] == [0, 1, 2, 3]
+    vectors = np.array([item.embedding for item in together.data])
+    assert vectors.shape == (4, live.engine["embedding_size"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    alone = [create(model=live.model, input=text, encoding_format="float").data[0].embedding for text in texts]
+    np.testing.assert_allclose(vectors, np.array(alone), atol=1e-4)
+    np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-4)
+    assert vectors[0] @ vectors[1] < 0.999
+    ids = [live.tokenizer.encode(text, add_special_tokens=True) for text in texts]
+    assert together.usage.prompt_tokens == sum(map(len, ids))
+    by_ids = create(model=live.model, input=ids[:2])
+    np.testing.assert_allclose(np.array([item.embedding for item in by_ids.data]), vectors[:2], atol=1e-4)
 
 
 def test_models_and_health(live: RealServer):

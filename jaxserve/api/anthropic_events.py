@@ -75,12 +75,18 @@ class MessageBuilder:
 
     def add(self, delta: MessageDelta) -> list[Event]:
         events: list[Event] = []
+        # What is left of a call that is open was said before anything else of this delta.
+        open_call = self.num_calls - 1 if self._block is not None and self._block.kind == "tool_use" else None
+        for part in delta.tool_calls:
+            if part.index == open_call:
+                events += self._call(part)
         if delta.reasoning and self.show_thinking:
             events += self._text("thinking", delta.reasoning)
         if delta.content:
             events += self._text("text", delta.content)
         for part in delta.tool_calls:
-            events += self._call(part)
+            if part.index != open_call:
+                events += self._call(part)
         return events
 
     def close(self) -> list[Event]:

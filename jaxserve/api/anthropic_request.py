@@ -319,7 +319,7 @@ _INSIDE = (("tools.", ".function.parameters", ".input_schema"), ("tools.", ".fun
 
 def in_our_words(error: APIError | ParameterError) -> APIError:
     """The same error in Anthropic's words."""
-    known = renamed(error, _NAMES, _INSIDE)
+    known = renamed(error, _NAMES, _INSIDE, r".\1")
     if known.code == "context_length_exceeded":  # the words that clients look for before they shorten a conversation
         known.message = f"prompt is too long: {known.message}"
     return known

@@ -73,6 +73,8 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/generate",), ("POST", "PUT"), generate.generate_native, generate.GenerateRequest),
     (("/flush_cache",), ("GET", "POST"), admin.flush_cache, None),
     (("/abort_request",), ("POST",), admin.abort_request, admin.AbortRequest),
+    (("/start_profile",), ("GET", "POST"), admin.start_profile, admin.ProfileRequest),
+    (("/stop_profile",), ("GET", "POST"), admin.stop_profile, None),
     (("/get_load",), ("GET",), admin.get_load, None),
     (("/v1/loads",), ("GET",), admin.loads, None),
 )

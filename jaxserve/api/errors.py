@@ -7,6 +7,7 @@ APIError
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ ANTHROPIC_PATH = "/v1/messages"
 OVERLOADED = 529  # Anthropic's status for a server that takes no more for now; its clients wait and try again
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_PLACE = re.compile(r"\.\[(\d+)\]")
 _ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
@@ -98,12 +100,13 @@ def anthropic_error(error: APIError) -> dict[str, Any]:
 def renamed(
     error: APIError | ParameterError,
     names: Sequence[tuple[str, str]],
-    inside: Sequence[tuple[str, str, str]] = (),
+    inside: Sequence[tuple[str, str, str]],
+    place: str,
 ) -> APIError:
     """The same error for a route that calls fields otherwise.
 
     names: (theirs, ours), the first that param is or begins with counts. inside: (beginning of param, theirs, ours) for
-    what follows such a beginning.
+    what follows such a beginning. place: how the route writes chat's ".[1]", as a replacement of re.sub.
     """
     known = error if isinstance(error, APIError) else invalid_request(error.message, error.param, error.code)
     message, param = known.message, known.param
@@ -114,6 +117,7 @@ def renamed(
     for beginning, theirs, ours in inside:
         if param is not None and param.startswith(beginning):
             message, param = message.replace(theirs, ours), param.replace(theirs, ours)
+    message, param = _PLACE.sub(place, message), param and _PLACE.sub(place, param)
     return APIError(known.status, message, param=param, code=known.code, headers=known.headers, extra=known.extra)
 
 

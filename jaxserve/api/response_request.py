@@ -199,4 +199,4 @@ _NAMES = (
 
 def in_our_words(error: APIError | ParameterError) -> APIError:
     """The same error with the names that fields have on this route."""
-    return renamed(error, _NAMES, (("tools.", ".function.", "."),))
+    return renamed(error, _NAMES, (("tools.", ".function.", "."),), r"[\1]")
