@@ -9,6 +9,7 @@ from checkpoints.hub import ResolvedModel
 from jaxserve.client import EngineUnavailable
 from jaxserve.config import ConfigError
 from jaxserve.llm import LLM
+from jaxserve.text.grammar import json_object, regex
 from jaxserve.text.params import ParameterError
 from jaxserve.text.tokenizer import Tokenizer
 from tests.fakes import ScriptedEngine, say, vector_of, write_byte_level
@@ -138,3 +139,15 @@ def test_a_failed_start_raises_with_the_engines_words(start, monkeypatch, exit_c
     with pytest.raises(kind, match="too little memory"):
         start("hello", announce_ready=False)
     assert time.monotonic() - before < 5
+
+
+def test_the_form_of_the_answer_is_asked_for_by_the_same_names_as_over_http(start):
+    llm, engine = start("hello")
+    llm.generate(["a", "b"], regex="a+")
+    llm.chat("hi", response_format={"type": "json_object"})
+    assert [request.grammar for request in engine.requests] == [regex("a+"), regex("a+"), json_object()]
+    with pytest.raises(ParameterError, match="regex cannot be enforced: .*unclosed"):
+        llm.generate("a", regex="[")
+    with pytest.raises(ParameterError, match="one of them"):
+        llm.generate("a", regex="a", guided_choice=["b"])
+    assert len(engine.requests) == 3
