@@ -271,7 +271,7 @@ def test_seeded_tokens_alone_and_in_company_differ_by_proven_ties_only(
         for prompt, company in list(zip(prompts, together, strict=True))[: None if FULL else 11]:
             alone = llm.generate(prompt, **options)
             compared += same_but_for_a_tie(cache_dir, prompt, alone.token_ids, company.token_ids, options)
-    assert compared >= (9_500 if FULL else 650)  # what follows a tie is not compared
+    assert compared >= (9_500 if FULL else 620)  # what follows a tie is not compared
 
 
 @pytest.mark.parametrize("name", ["long-689", *LONGER])
