@@ -4,7 +4,7 @@ turn = await begin_turn(serving, request)       # every error of the client's is
 async for index, delta in turn.messages: ...    # text, reasoning and tool calls told apart
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class ChatTurn:
     usage: Usage  # grows as messages is read
     tools: ToolUse
     messages: MessageDeltas
+    prompt_ids: Sequence[int] = ()
 
 
 async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) -> ChatTurn:
@@ -56,7 +57,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     text, thinking = _render(serving, request, tools)
     prompt = await encode(serving, text, "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    wanted = sampling_request(request, max_tokens, num_logprobs)
+    wanted = sampling_request(request, max_tokens, num_logprobs, request.prompt_logprobs)
     params = resolve(serving, wanted, len(prompt), request.num_choices)
     dialect = serving.dialect()
     reading = dialect.reading(
@@ -80,7 +81,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     usage = Usage(len(prompt), serving.config.enable_cache_report)
-    return ChatTurn(request, len(prompt), params, usage, tools, _messages(deltas, usage, reading))
+    return ChatTurn(request, len(prompt), params, usage, tools, _messages(deltas, usage, reading), prompt)
 
 
 def _tools(serving: Serving, request: ChatRequest) -> ToolUse:
