@@ -120,9 +120,8 @@ def _add_route(
     name = getattr(endpoint, "__name__", path)
     extra: dict[str, Any] = {}
     if model is not None:  # bodies are parsed by us, so FastAPI must be told what they look like
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema.get("properties", {}).pop("stream_options", None)
-        schema.pop("$defs", None)
+        schema = model.model_json_schema()
+        schema = _inlined(schema, schema.pop("$defs", {}))
         extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     app.add_api_route(
         path,
@@ -134,3 +133,14 @@ def _add_route(
         operation_id=f"{name}_{method.lower()}_{path.strip('/').replace('/', '_')}",
         response_model=None,
     )
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with every reference to its definitions (none of ours refers to itself) replaced by what it names."""
+    if isinstance(schema, list):
+        return [_inlined(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inlined(value, definitions) for name, value in schema.items()}

@@ -10,10 +10,11 @@ from starlette.responses import Response
 from jaxserve.api.chat_turn import ChatTurn, begin_turn
 from jaxserve.api.generation import Reply, log_request, new_reply, with_errors
 from jaxserve.api.http import DONE, event
-from jaxserve.api.logprobs import chat_logprobs
+from jaxserve.api.logprobs import chat_logprobs, prompt_logprobs_list
 from jaxserve.api.route import Route
 from jaxserve.api.schema import ChatRequest, parse_request
 from jaxserve.api.serving import Serving
+from jaxserve.text.generate import PromptLogprobs
 from jaxserve.text.message import Message, MessageDelta
 
 
@@ -49,10 +50,12 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     messages = [Message() for _ in range(count)]
     logprobs: list[dict[str, Any] | None] = [None] * count
     stops: list[int | str | None] = [None] * count
+    scores: PromptLogprobs | None = None
     try:
         async for index, delta in turn.messages:
             messages[index].add(delta)
             tokens = delta.tokens
+            scores = scores or tokens.prompt_logprobs
             if tokens.logprobs is not None:
                 part = chat_logprobs(tokenizer, tokens.token_ids, tokens.logprobs)
                 whole = logprobs[index]
@@ -75,6 +78,10 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
         for index, message in enumerate(messages)
     ]
     tail = {"usage": turn.usage.as_dict(), "service_tier": None, "system_fingerprint": None}
+    if scores is not None:
+        tail["prompt_logprobs"] = prompt_logprobs_list(
+            tokenizer, turn.prompt_ids, scores, turn.request.prompt_logprobs or 0
+        )
     return {**job.reply.head(), "choices": choices, **tail}
 
 

@@ -4,7 +4,7 @@ turn = await begin_turn(serving, request)       # every error of the client's is
 async for index, delta in turn.messages: ...    # text, reasoning and tool calls told apart
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from jaxserve.api.constraints import request_grammar
@@ -38,6 +38,7 @@ class ChatTurn:
     params: list[SamplingParams]  # one of each choice
     usage: Usage  # grows as messages is read
     messages: MessageDeltas
+    prompt_ids: Sequence[int] = ()
 
 
 async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) -> ChatTurn:
@@ -48,7 +49,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     num_logprobs = _num_logprobs(request)
     prompt = await encode(serving, render(serving, request), "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    wanted = sampling_request(request, max_tokens, num_logprobs)
+    wanted = sampling_request(request, max_tokens, num_logprobs, request.prompt_logprobs)
     params = resolve(serving, wanted, len(prompt), request.num_choices)
     grammar = await request_grammar(serving, request)
     after_text = bool(request.continue_final_message)
@@ -57,7 +58,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     usage = Usage(len(prompt), serving.config.enable_cache_report)
-    return ChatTurn(request, len(prompt), params, usage, _messages(deltas, usage))
+    return ChatTurn(request, len(prompt), params, usage, _messages(deltas, usage), prompt)
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:

@@ -70,7 +70,12 @@ class Usage:
         }
 
 
-def sampling_request(request: GenerationRequest, max_tokens: int | None, num_logprobs: int | None) -> SamplingRequest:
+def sampling_request(
+    request: GenerationRequest,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None = None,
+) -> SamplingRequest:
     """The fields of both routes that decide how tokens are sampled, unchecked."""
     return SamplingRequest(
         max_tokens=max_tokens,
@@ -87,6 +92,7 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
         stop_token_ids=tuple(request.stop_token_ids) if request.stop_token_ids else None,
         ignore_eos=request.ignore_eos,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
 
@@ -108,8 +114,10 @@ def generate_options(
     )
 
 
-def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int) -> list[SamplingParams]:
-    """One SamplingParams per choice. Raises ParameterError."""
+def resolve(
+    serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int, *, fewest_tokens: int = 1
+) -> list[SamplingParams]:
+    """One SamplingParams per choice. fewest_tokens: 0 where max_tokens may be 0. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
     serving.require_generating()
     params = resolve_sampling(
@@ -118,6 +126,7 @@ def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choi
         num_prompt=num_prompt,
         max_model_len=ready.max_model_len,
         draw_seed=serving.draw_seed,
+        fewest_tokens=fewest_tokens,
     )
     return [replace(params, choice=choice) for choice in range(num_choices)]
 
@@ -240,7 +249,11 @@ def join(first: Delta, second: Delta) -> Delta:
     if first.logprobs is not None or second.logprobs is not None:
         logprobs = (first.logprobs or ()) + (second.logprobs or ())
     return replace(
-        second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids, logprobs=logprobs
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
     )
 
 

@@ -71,6 +71,7 @@ class GenerationRequest(BaseModel):
     no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # vLLM's
     rid: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # SGLang: becomes the reply's id
     request_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # vLLM's name for it
 
@@ -121,6 +122,11 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
+    @property
+    def num_drawn(self) -> int:
+        """Choices that are drawn for each prompt, of which the best n are returned."""
+        return self.num_choices if self.best_of is None else self.best_of
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -145,7 +151,6 @@ REFUSED: dict[str, Refused] = {
     "web_search_options": Refused("this server does not search the web"),
     "moderation": Refused("this server does not moderate"),
     "suffix": Refused("text is generated after a prompt only, not between a prompt and a suffix", ("",)),
-    "prompt_logprobs": Refused("log-probabilities of the prompt are not supported yet", (False,)),
     "return_token_ids": Refused("token ids are not part of the reply", (False,)),
     "return_tokens_as_token_ids": Refused("token ids are not part of the reply", (False,)),
     "return_hidden_states": Refused("hidden states are not part of the reply", (False,)),
@@ -239,6 +244,8 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
     request = parse_fields(kind, body, refused, fields)
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid_request("prompt_logprobs are not part of a stream; ask without stream.", "prompt_logprobs")
     return request
 
 
