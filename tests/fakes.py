@@ -248,8 +248,13 @@ def say(tokenizer, *texts: str) -> Script:
     return script
 
 
-def write_byte_level(folder: Path, *, bos: bool = False) -> str:
-    """A tokenizer of GPT-2's kind (as SmolLM2, Llama 3): 256 bytes, some merges, ChatML. -> the folder as str."""
+def write_byte_level(
+    folder: Path, *, bos: bool = False, chat_template: str = CHATML, special: tuple[str, ...] = ()
+) -> str:
+    """A tokenizer of GPT-2's kind (as SmolLM2, Llama 3): 256 bytes, some merges, ChatML, further special tokens.
+
+    -> the folder as str.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: index for index, token in enumerate([*specials, *alphabet])}
@@ -262,11 +267,12 @@ def write_byte_level(folder: Path, *, bos: bool = False) -> str:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     backend.add_tokens([AddedToken("<tool>", special=False)])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", 0)]
         )
-    return _write(folder, backend, bos="<|endoftext|>", eos="<|im_end|>", chat_template=CHATML)
+    return _write(folder, backend, bos="<|endoftext|>", eos="<|im_end|>", chat_template=chat_template)
 
 
 def write_sentencepiece(folder: Path) -> str:

@@ -75,8 +75,8 @@ CHAT_FIELDS = [
     ("chat_template_kwargs", []),
     ("echo", True),
     ("best_of", 2),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "auto"),
+    ("functions", [{"name": "f"}]),
+    ("tools", [{"type": "function"}]),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("modalities", ["text", "audio"]),
 ]

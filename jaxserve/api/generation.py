@@ -52,6 +52,7 @@ class Usage:
     prompt_tokens: int
     show_cached: bool
     completion: dict[int, int] = field(default_factory=dict)  # choice index -> tokens sampled so far
+    reasoning: dict[int, int] = field(default_factory=dict)  # choice index -> those of them that are thinking
     cached: dict[int, int] = field(default_factory=dict)  # prompt index -> tokens found in the prefix cache
 
     def add(self, prompt: int, index: int, delta: Delta, first_choice: bool) -> None:
@@ -62,12 +63,15 @@ class Usage:
     def as_dict(self) -> dict[str, Any]:
         completion = sum(self.completion.values())
         details = {"cached_tokens": sum(self.cached.values())} if self.show_cached else None
-        return {
+        value: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": details,
         }
+        if self.reasoning:
+            value["completion_tokens_details"] = {"reasoning_tokens": sum(self.reasoning.values())}
+        return value
 
 
 def sampling_request(
@@ -97,11 +101,16 @@ def sampling_request(
 
 
 def generate_options(
-    request: GenerationRequest, *, after_text: bool, priority: int = 0, grammar: str | None = None
+    request: GenerationRequest,
+    *,
+    after_text: bool,
+    priority: int = 0,
+    grammar: str | None = None,
+    kept_special_ids: frozenset[int] = frozenset(),
 ) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
-    priority: 0 interactive, 1 batch.
+    priority: 0 interactive, 1 batch. kept_special_ids: not skipped whatever the request says.
     """
     skip = request.skip_special_tokens
     return GenerateOptions(
@@ -110,6 +119,7 @@ def generate_options(
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
         priority=priority,
+        kept_special_ids=kept_special_ids,
         grammar=grammar,
     )
 

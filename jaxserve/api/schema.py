@@ -11,7 +11,7 @@ Ranges are checked where the words become SamplingParams (text.params), so that 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -112,6 +112,13 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None  # read by api.tools, as the next two
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    separate_reasoning: bool | None = None  # SGLang: false leaves <think> ... </think> in the text
+    stream_reasoning: bool | None = None  # SGLang: false sends the thinking in one piece
+    include_reasoning: bool | None = None  # vLLM: false leaves the thinking out
 
 
 class CompletionRequest(GenerationRequest):
@@ -136,13 +143,11 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
-_TOOLS = Refused("tool calling is not supported yet", ([], "none"))
+_TOOLS = Refused("this is the older form; send tools and tool_choice", ([], "none", "auto"))
 _CACHE = Refused("separate prefix caches are not supported")
 _SAMPLER = "this sampler is not supported; temperature, top_k, top_p and min_p are"
 
 REFUSED: dict[str, Refused] = {
-    "tools": _TOOLS,
-    "tool_choice": _TOOLS,
     "functions": _TOOLS,
     "function_call": _TOOLS,
     "structural_tag": Refused("text that changes between free and constrained is not supported; a grammar can say it"),
@@ -202,6 +207,8 @@ REFUSED_IN_COMPLETIONS: dict[str, Refused] = {
     "continue_final_message": Refused("only /v1/chat/completions has it", (False,)),
     "add_generation_prompt": Refused("only /v1/chat/completions has it"),
     "chat_template_kwargs": Refused("only /v1/chat/completions has it", ({},)),
+    "tools": Refused("only /v1/chat/completions has it", ([],)),
+    "tool_choice": Refused("only /v1/chat/completions has it", ("none", "auto")),
     "add_special_tokens": Refused("send token ids as the prompt to leave them out", (True,)),
 }
 

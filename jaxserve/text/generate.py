@@ -20,6 +20,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # the stop string or stop token that ended the text is part of it
     skip_special_tokens: bool = True
+    kept_special_ids: frozenset[int] = frozenset()  # special tokens that are part of the text all the same
     priority: int = 0  # 0 interactive, 1 batch
     grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
@@ -87,7 +88,9 @@ class _Choice:
     """The way of one choice's tokens to text. Positions count characters of its text, stop strings included."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, options: GenerateOptions) -> None:
-        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens, after_text=options.after_text)
+        self._detokenizer = Detokenizer(
+            tokenizer, options.skip_special_tokens, after_text=options.after_text, kept=options.kept_special_ids
+        )
         self._matcher = StopMatcher(options.stop, options.include_stop)
         self._include_stop = options.include_stop
         self._every_token = options.every_token
