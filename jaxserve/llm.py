@@ -21,7 +21,7 @@ from jaxserve.config import DEFAULT_MODEL, ConfigError, EngineConfig, default_ca
 from jaxserve.progress import StageReporter
 from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.embed import embed_all
-from jaxserve.text.generate import Delta, GenerateOptions, generate
+from jaxserve.text.generate import Delta, GenerateOptions, PromptLogprobs, generate
 from jaxserve.text.grammar import FIELDS, GrammarChecker, grammar_of
 from jaxserve.text.params import SamplingRequest, resolve_sampling
 from jaxserve.text.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     cached_tokens: int  # of the prompt, found in the prefix cache
     choices: tuple[Choice, ...]
+    prompt_logprobs: PromptLogprobs | None = None  # of each prompt token, when num_prompt_logprobs was given
 
     @property
     def text(self) -> str:
@@ -388,7 +389,8 @@ async def _complete(client: EngineClient, tokenizer: Tokenizer, job: _Job) -> Co
     deltas: list[list[Delta]] = [[] for _ in job.params]
     async for index, delta in generate(client, tokenizer, job.prompt, job.params, job.options):
         deltas[index].append(delta)
-    return Completion(job.prompt, deltas[0][-1].cached_tokens, tuple(_join(each) for each in deltas))
+    first = deltas[0]
+    return Completion(job.prompt, first[-1].cached_tokens, tuple(map(_join, deltas)), first[0].prompt_logprobs)
 
 
 def _join(deltas: list[Delta]) -> Choice:

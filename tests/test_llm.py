@@ -48,6 +48,31 @@ def test_one_prompt_gives_a_completion_and_several_a_list(start):
     assert [each.prompt_token_ids for each in llm.generate([[5], [6, 7]])] == [(5,), (6, 7)]
 
 
+def test_prompts_are_scored_and_texts_become_vectors(start):
+    llm, engine = start("hello")
+    done = llm.generate("say hello", num_prompt_logprobs=1, max_tokens=0, n=2)
+    assert done.finish_reason == "length" and done.text == "" and done.token_ids == ()
+    assert [item and item.logprob for item in done.prompt_logprobs] == [
+        None,
+        *(-at / 4 for at in range(1, len(done.prompt_token_ids))),
+    ]
+    assert llm.generate("say").prompt_logprobs is None
+    texts = ["hello", "é"]
+    vectors = llm.embed(texts)
+    assert vectors == [
+        pytest.approx(vector_of(llm.tokenizer.encode(text, add_special_tokens=True), 8)) for text in texts
+    ]
+    assert llm.embed("hello") == vectors[0] and llm.embed([5, 6]) == llm.embed([[5, 6]])[0]
+    assert [request.task for request in engine.requests[-2:]] == ["embed", "embed"]
+    for wrong in ("", [], [3] * 8193):
+        with pytest.raises(ValueError, match="1 to 8192"):
+            llm.embed([wrong])
+    with pytest.raises(ParameterError, match="prompt_logprobs"):
+        llm.generate("x", num_prompt_logprobs=21)
+    with pytest.raises(ParameterError, match="max_tokens"):
+        llm.generate("x", max_tokens=0)
+
+
 def test_chat_renders_the_template(start):
     llm, engine = start("hello")
     assert llm.chat("hi").text == "hello"
