@@ -29,7 +29,7 @@ help:
 	@echo 'make smoke      a few fast tests'
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
 	@echo 'make check      format, lint, types, walls'
-	@echo 'make docs       write docs/flags.md from the table of flags'
+	@echo 'make docs       write docs/flags.md and the tables of refused fields in docs/api.md'
 	@echo 'make lock       resolve pyproject.toml into requirements/*.txt (LOCK="--upgrade" for newer versions)'
 	@echo 'make wheel      build dist/*.whl'
 	@echo 'make clean      remove what was built; make distclean: the environments too'
@@ -69,6 +69,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(PY) -m tools.flags_doc > docs/flags.md.new
 	mv docs/flags.md.new docs/flags.md
+	$(PY) -m tools.api_doc
 
 # No addresses, no header: the files must read the same wherever they were made. Versions stay unless LOCK says so.
 compile := $(PY) -m uv pip compile -q --no-header --no-annotate --no-emit-index-url --extra test --extra dev $(LOCK)

@@ -145,7 +145,7 @@ class EngineConfig:
     disable_radix_cache: bool = False
     disable_overlap: bool = False
     mixed_chunk: bool | None = None  # prefill and decode in one step; None: where it pays
-    compilation_cache_dir: str | None = None  # None: <cache_dir>/xla
+    compilation_cache_dir: str | None = None  # None: <cache_dir>/programs
     decode_log_interval: int = 40
     watchdog_timeout: float = 300.0  # seconds a step may take, compiles excluded; 0 = off
     random_seed: int = 0  # of dummy weights

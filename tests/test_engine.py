@@ -18,16 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from engines import SMALL, Driver, chunked, greedy, quiet, shared_engine, shared_folder
+from engines import Driver, chunked, greedy, shared_engine, shared_folder
 from fake_runner import FakeRunner, expected
 from fake_runner import params as fake_params
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_llama import tiny_tokenizer
 
 from bench.replay import replay
 from jaxserve.config import EngineConfig
 from jaxserve.engine import main as engine_main
-from jaxserve.engine.build import build
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.record import Recording, RecordingRunner
 from jaxserve.scheduling.plan import Bucket, StepPlan
@@ -161,23 +159,6 @@ def test_choices_of_one_seed_differ_and_come_again():
     assert len(set(texts)) == 3
     assert texts == [tuple(answer.token_ids) for answer in again]
     assert first[1].cached_tokens == 32, "the second choice did not find the first one's prompt"
-
-
-def test_the_second_build_finds_every_program_in_the_persistent_cache(tmp_path):
-    folder = shared_folder("tied")
-    kept = jax.config.jax_compilation_cache_dir
-    config = EngineConfig(folder, str(tmp_path), **SMALL)
-    try:
-        compilation_cache.reset_cache()
-        jax.clear_caches()
-        first = build(config, quiet)
-        assert first.counter.cache_misses >= first.runner.num_programs
-        jax.clear_caches()
-        assert build(config, quiet).counter.cache_misses == 0
-        assert any((tmp_path / "xla").iterdir())
-    finally:
-        jax.config.update("jax_compilation_cache_dir", kept)
-        compilation_cache.reset_cache()
 
 
 def test_recorded_plans_run_again_give_the_same_tokens(tmp_path):

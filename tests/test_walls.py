@@ -57,7 +57,7 @@ ROOMS = {
     "jaxserve.text": room(
         3,
         "jaxserve.client jaxserve.types jaxserve.config checkpoints.hub checkpoints.gguf",
-        "transformers tokenizers jinja2",
+        "transformers tokenizers jinja2 llguidance",
     ),
     "jaxserve.child": room(4, "jaxserve.config", later="jaxserve.engine"),
     "jaxserve.api": room(

@@ -12,11 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.api import batches, chat, completions, errors, files, native
+from jaxserve.api import batches, chat, completions, errors, files, native, responses
 from jaxserve.api.batch_worker import BatchWorker
 from jaxserve.api.errors import APIError
 from jaxserve.api.http import MEBIBYTE
 from jaxserve.api.metrics import Metrics
+from jaxserve.api.response_request import ResponseRequest
 from jaxserve.api.schema import ChatRequest, CompletionRequest
 from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient
@@ -35,6 +36,12 @@ MAX_REQUEST_ID = 128
 ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] | None], ...] = (
     (("/v1/chat/completions",), ("POST",), chat.create_chat_completion, ChatRequest),
     (("/v1/completions",), ("POST",), completions.create_completion, CompletionRequest),
+    (("/v1/responses",), ("POST",), responses.create_response, ResponseRequest),
+    (("/v1/responses/input_tokens",), ("POST",), responses.count_input_tokens, ResponseRequest),
+    (("/v1/responses/{response_id}",), ("GET",), responses.get_response, None),
+    (("/v1/responses/{response_id}",), ("DELETE",), responses.delete_response, None),
+    (("/v1/responses/{response_id}/cancel",), ("POST",), responses.cancel_response, None),
+    (("/v1/responses/{response_id}/input_items",), ("GET",), responses.list_input_items, None),
     (("/v1/files",), ("POST",), files.create_file, None),
     (("/v1/files",), ("GET",), files.list_files, None),
     (("/v1/files/{file_id}",), ("GET",), files.get_file, None),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from jaxserve.api import chat, completions
+from jaxserve.api import chat, completions, responses
 from jaxserve.api.batch_lines import Interrupted, answered, check_input, not_executed
 from jaxserve.api.errors import as_api_error, internal_error
 from jaxserve.api.http import MEBIBYTE
@@ -39,12 +39,13 @@ Answer = Callable[[Serving, dict[str, Any], int], Awaitable[dict[str, Any]]]
 ANSWERS: dict[str, Answer] = {
     "/v1/chat/completions": chat.ROUTE.answer,
     "/v1/completions": completions.ROUTE.answer,
+    "/v1/responses": responses.ROUTE.answer,
 }
 
 PRIORITY = 1  # below interactive requests
 ROWS_AHEAD = 2  # requests in flight for each row of the engine: one that runs, one that waits for its place
 TICK = 0.5  # seconds between two looks at the clock
-FILE_EXPIRY_INTERVAL = 60.0  # seconds between two removals of expired files
+FILE_EXPIRY_INTERVAL = 60.0  # seconds between two removals of expired files and responses
 RETRY_PAUSE = 5.0  # seconds until a store that failed is tried again
 MAX_ATTEMPTS = 3  # of a request that the engine gave up
 PAGE = 256  # rows read from the store at a time
@@ -134,6 +135,7 @@ class BatchWorker:
                 if now >= expiry_due:
                     expiry_due = now + FILE_EXPIRY_INTERVAL
                     await self.call(self.store.expire_files)
+                    await self.call(self.store.responses.expire)
             except StoreError as error:
                 log.error("files and batches: %s", error)
                 await asyncio.sleep(RETRY_PAUSE)
@@ -347,7 +349,12 @@ class _Run:
 
 
 def _usage(body: dict[str, Any]) -> Usage:
-    """The tokens of one reply, by the names of chat, completions and embeddings."""
+    """The tokens of one reply, by the names of chat, completions and embeddings, or by those of responses."""
     usage = body["usage"]
+    if "input_tokens" in usage:
+        cached = usage["input_tokens_details"]["cached_tokens"]
+        reasoning = usage["output_tokens_details"]["reasoning_tokens"]
+        return Usage(usage["input_tokens"], cached, usage["output_tokens"], reasoning)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return Usage(usage["prompt_tokens"], cached, usage.get("completion_tokens", 0))
+    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)
+    return Usage(usage["prompt_tokens"], cached, usage.get("completion_tokens", 0), reasoning)

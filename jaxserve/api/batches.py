@@ -12,13 +12,12 @@ from jaxserve.api.batch_worker import ANSWERS
 from jaxserve.api.errors import APIError, invalid_request, not_found
 from jaxserve.api.files import DEFAULT_EXPIRY, check_expiry
 from jaxserve.api.http import json_response, read_json
+from jaxserve.api.metadata import JSON_TYPES, check_metadata
 from jaxserve.api.paging import integer_query, page_object
 from jaxserve.api.serving import Serving
 from jaxserve.store import Batch, BatchError, NoSuchBatch, NoSuchFile, WrongStatus
 
 WINDOW = "24h"  # the only completion window, as OpenAI's
-MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
-_JSON_TYPES = {bool: "a boolean", int: "an integer", float: "a decimal", list: "an array", dict: "an object"}
 _TIMES = (
     "created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
     "cancelling_at", "cancelled_at",
@@ -69,7 +68,7 @@ async def create_batch(serving: Serving, http: Request) -> Response:
         "endpoint": body["endpoint"],
         "input_file_id": file_id,
         "completion_window": WINDOW,
-        "metadata": _metadata(body.get("metadata")),
+        "metadata": check_metadata(body.get("metadata")),
         "output_expires_after": _output_expiry(body.get("output_expires_after")),
     }
     try:
@@ -92,7 +91,7 @@ def _require_string(body: dict[str, Any], name: str) -> None:
     if value is None:
         raise invalid_request(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
     if not isinstance(value, str):
-        given = _JSON_TYPES.get(type(value), "null")
+        given = JSON_TYPES.get(type(value), "null")
         raise invalid_request(
             f"Invalid type for '{name}': expected a string, but got {given} instead.", name, "invalid_type"
         )
@@ -103,29 +102,6 @@ def _require_one_of(name: str, value: str, supported: tuple[str, ...]) -> None:
         allowed = " and ".join(f"'{item}'" for item in supported)
         message = f"Invalid value: '{value[:100]}'. Supported values are: {allowed}."
         raise invalid_request(message, name, "invalid_value")
-
-
-def _metadata(value: Any) -> dict[str, str] | None:
-    """At most 16 pairs of strings, keys to 64 and values to 512 characters (OpenAI's limits)."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        given = _JSON_TYPES.get(type(value), "a string")
-        message = f"Invalid type for 'metadata': expected an object, but got {given} instead."
-        raise invalid_request(message, "metadata", "invalid_type")
-    if len(value) > MAX_METADATA:
-        message = f"Invalid 'metadata': {len(value)} pairs were given; at most {MAX_METADATA} are allowed."
-        raise invalid_request(message, "metadata", "invalid_value")
-    for key, item in value.items():
-        where = f"metadata.{key[:MAX_METADATA_KEY]}"
-        if not isinstance(item, str):
-            given = _JSON_TYPES.get(type(item), "null")
-            message = f"Invalid type for '{where}': expected a string, but got {given} instead."
-            raise invalid_request(message, where, "invalid_type")
-        if len(key) > MAX_METADATA_KEY or len(item) > MAX_METADATA_VALUE:
-            message = f"Invalid '{where}': keys have up to {MAX_METADATA_KEY} characters, values {MAX_METADATA_VALUE}."
-            raise invalid_request(message, where, "string_above_max_length")
-    return dict(value)
 
 
 def _output_expiry(value: Any) -> int:

@@ -55,6 +55,11 @@ def event(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
+def typed_event(value: dict[str, Any]) -> bytes:
+    """One server-sent event that is called what its payload's "type" says."""
+    return b"event: " + value["type"].encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
+
+
 async def _disconnected(receive: Receive) -> None:
     """Returns once the client has left; the request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":

@@ -3,7 +3,8 @@
 A field is one of three things, and each is said somewhere below:
   honoured                     a field of ChatRequest or CompletionRequest
   known, with an effect        REFUSED: a value that would change the answer is a 400; a neutral one is accepted
-  unknown, or without effect   accepted, and logged once by name
+  without effect, or unknown   accepted, and logged once by name; WITHOUT_EFFECT has those that are known
+docs/api.md has a row of each, with the test that shows it (make docs writes those of the last two kinds).
 Ranges are checked where the words become SamplingParams (text.params), so that the library interface has them too.
 """
 
@@ -186,6 +187,7 @@ REFUSED_IN_CHAT: dict[str, Refused] = {
     "prompt": Refused("this route takes messages; send prompts to /v1/completions"),
     "echo": Refused("only /v1/completions has it", (False,)),
     "best_of": Refused("only /v1/completions has it", (1,)),
+    "add_special_tokens": Refused("the chat template writes them", (False,)),
 }
 REFUSED_IN_COMPLETIONS: dict[str, Refused] = {
     "messages": Refused("this route takes a prompt; send messages to /v1/chat/completions"),
@@ -194,6 +196,23 @@ REFUSED_IN_COMPLETIONS: dict[str, Refused] = {
     "continue_final_message": Refused("only /v1/chat/completions has it", (False,)),
     "add_generation_prompt": Refused("only /v1/chat/completions has it"),
     "chat_template_kwargs": Refused("only /v1/chat/completions has it", ({},)),
+    "add_special_tokens": Refused("send token ids as the prompt to leave them out", (True,)),
+}
+
+# Known fields that change no token of the answer: accepted, and logged once by name like unknown ones. name -> why.
+WITHOUT_EFFECT: dict[str, str] = {
+    "user": "requests are not told apart by user",
+    "safety_identifier": "requests are not told apart by user",
+    "store": "answers are not stored",
+    "metadata": "answers are not stored, so there is nothing to attach it to",
+    "service_tier": "there is one tier",
+    "prompt_cache_key": "common prefixes are cached by themselves",
+    "prompt_cache_retention": "a cached prefix stays until its place is needed",
+    "cache_prompt": "common prefixes are always cached",
+    "verbosity": "the models served here are not trained to heed it",
+    "prediction": "it would save time only; speculative decoding is not there",
+    "spaces_between_special_tokens": "a token's text is its own",
+    "mm_processor_kwargs": "only text is accepted",
 }
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -221,23 +240,23 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
         rule = refused.get(name)
         if rule is None:
             fields.note(name)
-        elif value is not None and not _is_neutral(value, rule.neutral):
+        elif value is not None and not is_neutral(value, rule.neutral):
             raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
-        raise _as_invalid_request(error, kind) from None
+        raise as_invalid_request(error, kind) from None
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
     return request
 
 
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     """Equality that keeps true apart from 1."""
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
 
 
-def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
+def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Exception:
     """The first thing pydantic found, in words that name the field as the client wrote it."""
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
@@ -256,5 +275,5 @@ def _as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Except
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic names the branch of a union in the path, as in 'list[str]'."""
-    return isinstance(part, str) and "[" in part
+    """pydantic names the branch of a union in the path, as in 'str' or 'list[str]'."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))

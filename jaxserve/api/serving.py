@@ -3,6 +3,7 @@ yet."""
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class Serving:
     batch_worker: "BatchWorker | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
+    clock: Callable[[], float] = time.time
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
 
     @property
@@ -66,9 +68,9 @@ class Serving:
         return self.tokenizer, self.client.ready
 
     def require_store(self) -> Store:
-        """Raises APIError 503 when this server keeps no files."""
+        """Raises APIError 503 when this server keeps nothing."""
         if self.store is None:
-            message = f"Files and batches are not available: {self.store_missing}."
+            message = f"Files, batches and stored responses are not available: {self.store_missing}."
             raise unavailable(message, "storage_unavailable")
         return self.store
 

@@ -42,7 +42,8 @@ class Engine:
 def build(config: EngineConfig, report: Report) -> Engine:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
-    enable_persistent_cache(config.compilation_cache_dir or os.path.join(config.cache_dir, "xla"))
+    programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
+    enable_persistent_cache(os.path.join(programs, "xla"))
     devices = _devices(config)
     platform = devices[0].platform
     model = read_model_config(config)
@@ -61,7 +62,8 @@ def build(config: EngineConfig, report: Report) -> Engine:
     runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, description, report)
-        runner.compile(jax.tree.map(Parameter.abstract, description), _compile_progress(report))
+        abstract = jax.tree.map(Parameter.abstract, description)
+        runner.compile(abstract, _compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))

@@ -5,9 +5,11 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
@@ -26,7 +29,6 @@ from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 logger = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_MISS_EVENT = "/jax/compilation_cache/cache_misses"
 
 
 class CompileCounter:
@@ -58,7 +60,7 @@ class CompileCounter:
             self._after_ready += 1
 
     def _on_event(self, event: str, **_kwargs: Any) -> None:
-        if event == _MISS_EVENT:
+        if event == MISS_EVENT:
             with self._lock:
                 self._misses += 1
 
@@ -89,7 +91,10 @@ class WholeStep:
     def __init__(self, program: Any):
         self._program = program
 
-    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
+    def __call__(
+        self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
+    ) -> tuple[DeviceState, StepOutput]:
+        del warm_up  # one run of the one program
         return self._program(params, state, vector)
 
 
@@ -106,10 +111,13 @@ class StagedStep:
     finish: Any
     firsts: tuple[jax.Array, ...]  # the number of the first layer of each run
 
-    def __call__(self, params: Params, state: DeviceState, vector: jax.Array) -> tuple[DeviceState, StepOutput]:
+    def __call__(
+        self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
+    ) -> tuple[DeviceState, StepOutput]:
+        """warm_up: every program once, on the first layers only; the tokens mean nothing."""
         hidden, shared = self.begin(params.embed, state.last_token, vector)
         cache, size = state.cache, len(params.layers) // len(self.firsts)
-        for run, first in enumerate(self.firsts):
+        for run, first in enumerate(self.firsts[:1] if warm_up else self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
         if self.pick is not None:
             hidden = self.pick(hidden, shared)
@@ -135,15 +143,20 @@ def layers_per_program(num_layers: int, platform: str) -> int | None:
     return max(size for size in range(1, 7) if num_layers % size == 0)
 
 
-def compile_programs(target: Target, buckets: Sequence[Bucket], progress: Callable[[int, int], None]) -> Programs:
-    """Lowering holds the GIL and runs here; compiling does not and runs in a pool."""
+def compile_programs(
+    target: Target, buckets: Sequence[Bucket], progress: Callable[[int, int], None], *, folder: str | None = None
+) -> Programs:
+    """Every program, from the folder where an earlier start has kept it.
+
+    Without a folder only JAX's own cache is asked, which needs every program traced and lowered.
+    """
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
     with _precision(target.params):
-        done = builder.compile(progress)
+        done = builder.compile(progress, _open_store(folder, target, buckets))
     return Programs({bucket: builder.assemble(bucket, done) for bucket in buckets}, done["admit"], len(done))
 
 
@@ -153,44 +166,85 @@ class _Builder:
     def __init__(self, target: Target):
         self.target = target
         self.lowerings: dict[Any, Callable[[], Any]] = {}
+        self._begun_by_bucket: dict[Bucket, Any] = {}
 
     def add(self, key: Any, lower: Callable[[], Any]) -> None:
         self.lowerings.setdefault(key, lower)
 
-    def compile(self, progress: Callable[[int, int], None]) -> dict[Any, Any]:
-        """Key -> compiled program; progress(done, total) is called from the pool's threads."""
+    def compile(self, progress: Callable[[int, int], None], store: ExecutableStore | None) -> dict[Any, Any]:
+        """Key -> compiled program; progress(done, total) is called from the pool's threads.
+
+        Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
+        """
         counter = itertools.count(1)  # next() is atomic
+        total = len(self.lowerings)
         with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
-            futures = {}
-            for key, lower in self.lowerings.items():
-                futures[key] = pool.submit(lower().compile)
-                futures[key].add_done_callback(lambda _: progress(next(counter), len(self.lowerings)))
-            return {key: future.result() for key, future in futures.items()}
+
+            def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+                def work() -> Any:
+                    result = function(*arguments)
+                    if result is not None:
+                        progress(next(counter), total)
+                    return result
+
+                return pool.submit(work)
+
+            if store is None:
+                futures = {key: submit(lower().compile) for key, lower in self.lowerings.items()}
+                return {key: future.result() for key, future in futures.items()}
+            futures = {key: submit(store.load, repr(key)) for key in self.lowerings}
+            done = {key: future.result() for key, future in futures.items()}
+            missing = [key for key, program in done.items() if program is None]
+            with _not_cached_twice() if missing else nullcontext():
+                futures = {key: submit(store.compile, repr(key), self.lowerings[key]()) for key in missing}
+                made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
+        store.save({repr(key): entry for key, (entry, _) in made.items()})
+        return done | {key: program for key, (_, program) in made.items()}
 
     def add_bucket(self, bucket: Bucket) -> None:
+        """Nothing is traced here: a program that is found by its key need not be."""
         if self.target.layers_per_program is None:
             self.add(("step", bucket), lambda: self._lower_whole(bucket))
             return
+        self.add(("begin", bucket), lambda: self._lower_begin(bucket))
+        self.add(("layers", bucket), lambda: self._lower_layers(bucket))
+        if bucket.num_prefill:
+            self.add(("pick", bucket), lambda: self._lower_pick(bucket))
+        self.add(("finish", bucket.num_rows), lambda: self._lower_finish(bucket))
+
+    def _lower_begin(self, bucket: Bucket) -> Any:
         t = self.target
-        vector = self._vector(bucket)
         begin = functools.partial(begin_step, shape=t.shape, bucket=bucket)
-        hidden, shared = self._abstract(jax.eval_shape(begin, t.params.embed, t.state.last_token, vector))
-        self.add(("begin", bucket), lambda: self._lower(begin, t.params.embed, t.state.last_token, vector))
-        layers = functools.partial(run_layers, shape=t.shape)
+        return self._lower(begin, t.params.embed, t.state.last_token, self._vector(bucket))
+
+    def _lower_layers(self, bucket: Bucket) -> Any:
+        t = self.target
+        hidden, shared = self._begun(bucket)
         some = t.params.layers[: t.layers_per_program]
         first = jax.ShapeDtypeStruct((), jnp.int32, sharding=t.replicated)
-        self.add(
-            ("layers", bucket),
-            lambda: self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2)),
-        )
-        rows = hidden
+        layers = functools.partial(run_layers, shape=t.shape)
+        return self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2))
+
+    def _lower_pick(self, bucket: Bucket) -> Any:
+        return self._lower(functools.partial(pick, shape=self.target.shape), *self._begun(bucket))
+
+    def _lower_finish(self, bucket: Bucket) -> Any:
+        t = self.target
+        rows, shared = self._begun(bucket)
         if bucket.num_prefill:
-            picked = functools.partial(pick, shape=t.shape)
-            self.add(("pick", bucket), lambda: self._lower(picked, hidden, shared))
-            rows = self._abstract(jax.eval_shape(picked, hidden, shared))
+            rows = self._abstract(jax.eval_shape(functools.partial(pick, shape=t.shape), rows, shared))
         finish = functools.partial(finish_step, shape=t.shape)
         arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
-        self.add(("finish", bucket.num_rows), lambda: self._lower(finish, *arguments, donate=(3, 4)))
+        return self._lower(finish, *arguments, donate=(3, 4))
+
+    def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
+        """Abstract (hidden, shared) after `begin`."""
+        if bucket not in self._begun_by_bucket:
+            t = self.target
+            begin = functools.partial(begin_step, shape=t.shape, bucket=bucket)
+            made = jax.eval_shape(begin, t.params.embed, t.state.last_token, self._vector(bucket))
+            self._begun_by_bucket[bucket] = self._abstract(made)
+        return self._begun_by_bucket[bucket]
 
     def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
         size = self.target.layers_per_program
@@ -213,12 +267,15 @@ class _Builder:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
-        return jax.jit(function, donate_argnums=1, out_shardings=outputs).lower(t.params, t.state, self._vector(bucket))
+        jitted = jax.jit(function, donate_argnums=1, out_shardings=outputs, keep_unused=True)
+        return jitted.lower(t.params, t.state, self._vector(bucket))
 
     def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-        """Everything between the stages is replicated, but for the cache."""
+        """Everything between the stages is replicated, but for the cache. Unused arguments stay, so that the text of
+        a lowered program says which argument is which."""
         outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(jax.eval_shape(function, *arguments)))
-        return jax.jit(function, donate_argnums=donate, out_shardings=outputs).lower(*arguments)
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=outputs, keep_unused=True)
+        return jitted.lower(*arguments)
 
     def _abstract(self, tree: Any) -> Any:
         cache = self.target.state.cache.pages
@@ -228,6 +285,46 @@ class _Builder:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree.map(place, tree)
+
+
+def _open_store(folder: str | None, target: Target, buckets: Sequence[Bucket]) -> ExecutableStore | None:
+    if folder is None:
+        return None
+    store = ExecutableStore(folder, list(target.replicated.mesh.devices.flat), _describe(target, buckets))
+    store.open()
+    return store
+
+
+def _describe(target: Target, buckets: Sequence[Bucket]) -> str:
+    """All that the programs are made from, the same text in every process. The structure of the model follows from its
+    config, the layout and the parameters."""
+    shape = target.shape
+    arrays, tree = jax.tree.flatten((target.params, target.state))
+    fields = {field.name: getattr(shape, field.name) for field in fields_of(shape)}
+    fields |= {"structure": None, "attention": shape.attention.name}
+    text = repr(
+        (
+            sorted(fields.items()),
+            [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in arrays],
+            str(tree),
+            (target.max_model_len, str(target.replicated), target.layers_per_program),
+            list(buckets),
+        )
+    )
+    assert " at 0x" not in text, "an address would differ in every process"
+    return text
+
+
+@contextmanager
+def _not_cached_twice() -> Generator[None]:
+    """What ExecutableStore keeps need not be in JAX's own cache too."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _precision(params: Params) -> Any:
@@ -240,7 +337,7 @@ def _lower_admit(target: Target) -> Any:
         return jax.ShapeDtypeStruct(() if length is None else (length,), dtype, sharding=target.replicated)
 
     outputs = jax.tree.map(lambda leaf: leaf.sharding, target.state.sampling)
-    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=outputs).lower(
+    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=outputs, keep_unused=True).lower(
         target.state.sampling,
         array(None, jnp.int32),
         array(target.max_model_len, jnp.int32),

@@ -61,8 +61,8 @@ class ModelRunner:
         """What launch() takes."""
         return tuple(self._programs.steps)
 
-    def compile(self, params: Params, progress: Callable[[int, int], None]) -> None:
-        """params: abstract arrays with their shardings."""
+    def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
+        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
         target = Target(
             params=params,
             state=self._abstract_state(),
@@ -71,7 +71,7 @@ class ModelRunner:
             replicated=self._replicated,
             layers_per_program=layers_per_program(self._shape.config.num_layers, self._platform),
         )
-        self._programs = compile_programs(target, buckets(self._sizes), progress)
+        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
 
     def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Take the parameters, make the state, and run every program once on a plan that writes nothing."""
@@ -81,7 +81,7 @@ class ModelRunner:
         )
         self._admit(Admission(self._sizes.max_running, (), 0, (), ()))
         for done, bucket in enumerate(self._programs.steps, start=1):
-            self._run(bucket, self.padding_plan(bucket)).token_ids.block_until_ready()
+            self._run(bucket, self.padding_plan(bucket), warm_up=True).token_ids.block_until_ready()
             progress(done, len(self._programs.steps))
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -98,9 +98,9 @@ class ModelRunner:
         arrays.chunk_starts[:] = bucket.num_prefill
         return vector
 
-    def _run(self, bucket: Bucket, packed: np.ndarray) -> StepOutput:
+    def _run(self, bucket: Bucket, packed: np.ndarray, *, warm_up: bool = False) -> StepOutput:
         vector = jax.device_put(packed, self._replicated)
-        self._state, output = self._programs.steps[bucket](self._params, self._state, vector)
+        self._state, output = self._programs.steps[bucket](self._params, self._state, vector, warm_up=warm_up)
         return output
 
     def _admit(self, admission: Admission) -> None:

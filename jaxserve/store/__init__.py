@@ -1,6 +1,7 @@
 """Files, batches and batch rows that survive anything: the words, and the protocol that every store keeps.
 
     files     immutable bytes with a record; uploads and the published results of batches
+    responses replies of /v1/responses with the conversation that led to them, immutable
     batches   one state machine each (`STATUS_AFTER`), moved by compare-and-swap
     rows      the lines of a batch's input, each pending until exactly one result is recorded for it
 
@@ -57,6 +58,10 @@ class NoSuchFile(LookupError):
 
 class NoSuchBatch(LookupError):
     """No batch has this id."""
+
+
+class NoSuchResponse(LookupError):
+    """No response has this id, or an item of this id (any more): never stored, deleted, or expired."""
 
 
 class WrongStatus(Exception):
@@ -189,6 +194,42 @@ class BatchPage:
     has_more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One reply and what it was asked, as the caller's JSON; times in Unix seconds."""
+
+    id: str  # resp_…
+    body: bytes
+    input_items: bytes  # of the whole conversation before the reply
+    created_at: int
+    expires_at: int
+    item_ids: tuple[str, ...] = ()  # of `put` only: the items by which it shall be found
+
+
+class ResponseStore(Protocol):
+    """Replies that stay until they are deleted or expire. Every method may raise StoreError, `put` StoreFull."""
+
+    def put(self, responses: Sequence[StoredResponse]) -> None:
+        """All of them, durably, or none."""
+        ...
+
+    def get(self, response_id: str) -> StoredResponse:
+        """Raises NoSuchResponse."""
+        ...
+
+    def with_item(self, item_id: str) -> StoredResponse:
+        """The response that was stored with this item id. Raises NoSuchResponse."""
+        ...
+
+    def delete(self, response_id: str) -> None:
+        """Responses that went on from it keep their copy of the conversation. Raises NoSuchResponse."""
+        ...
+
+    def expire(self) -> int:
+        """Deletes those whose time has passed and returns their number; expired ones are invisible even before."""
+        ...
+
+
 class Upload(Protocol):
     """A file on its way in: invisible until `commit`; gone when its `with` block, or the process, ends before."""
 
@@ -217,6 +258,9 @@ class Upload(Protocol):
 
 class Store(Protocol):
     """Every method may raise StoreError, and StoreFull where it writes, besides what its docstring names."""
+
+    @property
+    def responses(self) -> ResponseStore: ...
 
     # Life -------------------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (batch, position)
         ) WITHOUT ROWID""",
     ),
+    (
+        """CREATE TABLE responses (
+            id TEXT NOT NULL PRIMARY KEY,
+            created_at INTEGER NOT NULL,
+            expires_at INTEGER NOT NULL,
+            body BLOB NOT NULL,
+            input_items BLOB NOT NULL
+        )""",
+        """CREATE INDEX responses_expiring ON responses (expires_at)""",
+        """CREATE TABLE response_items (
+            id TEXT NOT NULL PRIMARY KEY,
+            response TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE INDEX response_items_of ON response_items (response)""",
+    ),
 )
 
 

@@ -48,6 +48,7 @@ from jaxserve.store.records import (
     metadata_to_text,
     usage_values,
 )
+from jaxserve.store.responses import SQLiteResponses
 from jaxserve.store.uploads import FileUpload
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class SQLiteStore:
             except BaseException:
                 self.folder.close()
                 raise
+        self.responses = SQLiteResponses(self._db, self._guard, self._despite_full, self._now)
 
     def _open_database(self, connect: Connect) -> Database:
         database = Database(self.folder.database, connect)
