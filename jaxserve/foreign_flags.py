@@ -4,7 +4,6 @@
 _CUDA = "it is about CUDA or PyTorch; XLA decides"
 NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--base-gpu-id": (True, _CUDA),
-    "--attention-backend": (True, "the kernel is chosen from the device"),
     "--sampling-backend": (True, _CUDA),
     "--grammar-backend": (True, "there is one backend"),
     "--disable-cuda-graph": (False, _CUDA),
@@ -36,6 +35,13 @@ NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--skip-server-warmup": (False, "every program is compiled and run once before the server is ready"),
     "--tokenizer-mode": (True, "the fast tokenizer is always used"),
     "--trust-remote-code": (False, ""),  # refused below; here so that it parses
+}
+
+# Values of --attention-backend elsewhere, in any case: accepted with one warning, as if the flag were not there.
+ATTENTION_BACKENDS = {
+    *("flashinfer", "flash_attn", "fa", "fa3", "fa4", "triton", "triton_attn", "torch_native", "torch_sdpa", "native"),
+    *("xformers", "flex_attention", "flashmla", "cutlass_mla", "trtllm_mla", "trtllm_mha", "aiter", "wave", "ascend"),
+    *("dual_chunk_flash_attn", "intel_amx"),
 }
 
 # Names whose only accepted values are the ones here: the rest belongs to versions to come. () with a switch: refused.

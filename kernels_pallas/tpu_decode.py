@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.cache import LANES, shares_lanes
 
+Index = int | jax.Array
 Interpret = bool | pltpu.InterpretParams
 MASKED = -1e30  # finite: exp2 of a difference of two of them is not NaN
 LOG2_E = math.log2(math.e)
@@ -88,7 +89,7 @@ def attend(
     width = -(-head_dim // LANES) * LANES
     max_pages = work.page_table.shape[0] // num_rows
     block_pages = pages_per_block(num_page_rows, page_size, max_pages, pages.dtype.itemsize, max_block_tokens)
-    tile = min(4 * _SUBLANES // pages.dtype.itemsize, page_size)  # tokens that share a tile of VMEM
+    tile = math.gcd(4 * _SUBLANES // pages.dtype.itemsize, page_size)  # tokens that share a tile of VMEM
     grouped = (q * (head_dim**-0.5 * LOG2_E)).astype(q.dtype).reshape(num_rows, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded_group - group), (0, width - head_dim)))
 
@@ -155,14 +156,16 @@ def _cost(q: jax.Array, pages: jax.Array, work: DecodeWork) -> pl.CostEstimate:
 
 
 def _kernel(
-    *refs: jax.Array,
+    *refs: Any,
     num_rows: int,
     max_pages: int,
     block_pages: int,
     tile: int,
     shared: bool,
 ) -> None:
-    layer, kv_lens, next_used, page_table, q, new, _, out, pages, buffers, stage, maxima, sums, accumulators, *dma = refs
+    layer, kv_lens, next_used, page_table, q, new, _, out, pages, buffers, stage, maxima, sums, accumulators, *dma = (
+        refs
+    )
     arrived, written = dma
     page_size, block_tokens = pages.shape[3], buffers.shape[2]
 
@@ -265,7 +268,7 @@ def _kernel(
         fetch(first, jnp.int32(0), jnp.int32(0))
 
     zero = jnp.int32(0)
-    *_, num_written = lax.while_loop(lambda carry: carry[0] < num_rows, body, (first, zero, zero, zero))
+    num_written = lax.while_loop(lambda carry: carry[0] < num_rows, body, (first, zero, zero, zero))[-1]
     for parity in range(2):
 
         @pl.when(num_written > parity)
@@ -273,9 +276,7 @@ def _kernel(
             write_back(jnp.int32(0), jnp.int32(parity)).wait()
 
 
-def _attend_block(
-    q: jax.Array, block: jax.Array, state: tuple[jax.Array, ...], shared: bool, length: jax.Array | None
-) -> None:
+def _attend_block(q: Any, block: Any, state: tuple[Any, ...], shared: bool, length: jax.Array | None) -> None:
     """q [K, G, W], block [R, n, 128] -> running maxima, sums [K, G, 128] and accumulators [K, G, W] of all heads.
 
     length: tokens of the block that count; None: all. The products of one head stand beside the softmax of the next.
@@ -283,7 +284,7 @@ def _attend_block(
     maxima, sums, accumulators = state
     num_kv_heads = q.shape[0]
     num_tokens = block.shape[1]
-    pending = None
+    pending: tuple[Any, ...] = ()
     if length is not None:
         visible = lax.broadcasted_iota(jnp.int32, (1, num_tokens), 1) < length
         real = lax.broadcasted_iota(jnp.int32, (num_tokens, LANES), 0) < length
@@ -304,22 +305,22 @@ def _attend_block(
         if length is not None:
             scores = jnp.where(visible, scores, MASKED)
         weights, shrink = online_softmax(scores, maxima, sums, head)
-        if pending is not None:
+        if pending:
             finish(*pending)
         pending = (head, weights, shrink)
     finish(*pending)
 
 
-def head_rows(head: int, num_kv_heads: int, num_page_rows: int, shared: bool) -> tuple[list[int], list[int]]:
+def head_rows(head: Index, num_kv_heads: int, num_page_rows: int, shared: bool) -> tuple[list[Index], list[Index]]:
     """The rows of a page that hold K of a head, and those of V; the same one where they share lanes."""
     if shared:
         return [head], [head]
     parts = num_page_rows // (2 * num_kv_heads)
     first = 2 * parts * head
-    return list(range(first, first + parts)), list(range(first + parts, first + 2 * parts))
+    return [first + part for part in range(parts)], [first + parts + part for part in range(parts)]
 
 
-def scores_of(q: jax.Array, block: jax.Array, key_rows: list[int]) -> jax.Array:
+def scores_of(q: jax.Array, block: Any, key_rows: list[Index]) -> jax.Array:
     """q [m, W], block [R, n, 128] -> [m, n] float32, summed over the rows that K is cut into."""
     parts = [
         lax.dot_general(
@@ -333,9 +334,7 @@ def scores_of(q: jax.Array, block: jax.Array, key_rows: list[int]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def online_softmax(
-    scores: jax.Array, maxima: jax.Array, sums: jax.Array, head: int
-) -> tuple[jax.Array, jax.Array]:
+def online_softmax(scores: jax.Array, maxima: Any, sums: Any, head: Index) -> tuple[jax.Array, jax.Array]:
     """scores [m, n] of a head's next block -> weights [m, n] and what the accumulator shrinks by [m, 128]; maxima and
     sums [K, m, 128] (all lanes equal) take the block in."""
     before = maxima[head]

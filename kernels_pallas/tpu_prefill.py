@@ -268,7 +268,9 @@ def _attend_block(
         key = lax.broadcasted_iota(jnp.int32, (num_queries, num_tokens), 1)
         visible = (key <= query) & (key < end)
         real = lax.broadcasted_iota(jnp.int32, (num_tokens, LANES), 0) < end
-    for head in range(num_kv_heads):
+
+    @pl.loop(0, num_kv_heads)  # not unrolled: products of this size need no neighbour, and compile times do
+    def _(head: jax.Array) -> None:
         key_rows, value_rows = head_rows(head, num_kv_heads, block.shape[0], shared)
         scores = scores_of(q[head], block, key_rows)
         if border is not None:
