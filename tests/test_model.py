@@ -163,7 +163,7 @@ def test_padding_plans_change_no_page_and_no_slot_in_use():
 
 def test_the_tpu_kernels_give_the_same_tokens_as_xla_in_the_engine(monkeypatch):
     """Scheduler, page layout and kernels together, in steps of every kind, on the TPU's layout of the weights."""
-    name = "tied"
+    name = "biased"
     engine = shared_engine(name)
     sizes = replace(engine.sizes.scheduler, mixed=True)
     runner = build_runner(monkeypatch, shared_folder(name), sizes, layout="tpu", attention="pallas")
