@@ -59,6 +59,8 @@ def replay(runner: Runner, recording: Recording, measured: range) -> Replay:
         if index == measured.start:
             seconds["start"] = time.monotonic()
         launched = (index, runner.launch(plan))
+        if plan.is_constrained:
+            launched[1].sample(recording.masks[index])
         if flight is not None:
             read(*flight)
         flight = launched

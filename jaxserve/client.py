@@ -27,6 +27,7 @@ from jaxserve.types import (
     FlushCache,
     FromEngine,
     Progress,
+    PromptLogprobs,
     Ready,
     Request,
     StepEvents,
@@ -59,19 +60,23 @@ class RequestStream:
     """What the engine answers to one request: an async iterator of the events that arrived since the last read.
 
     It ends after the event that carries a finish_reason, or after abort(); it raises EngineUnavailable when the engine
-    dies. Whoever stops reading early must call abort() (try/finally).
+    dies. Whoever stops reading early must call abort() (try/finally). prompt_logprobs is complete before the first
+    event, vector before the last.
     """
 
     __slots__ = (
         *("_client", "_ended", "_error", "_events", "_wake"),
-        *("first_token_at", "id", "priority", "submitted_at", "vector"),
+        *("first_token_at", "id", "priority", "prompt_logprobs", "submitted_at", "vector"),
+        "owner",
     )
 
     def __init__(self, client: "EngineClient", request_id: int, priority: int = 0) -> None:
         self.id, self.priority = request_id, priority
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None  # monotonic seconds, as submitted_at
-        self.vector: bytes | None = None  # [E] float32 of an "embed" request, there before its final event
+        self.prompt_logprobs: list[TokenLogprobs | None] = []  # of each token of the prompt, if asked for
+        self.vector: bytes | None = None  # [E] float32 of an "embed" request
+        self.owner: object = None  # whom it is computed for, as submit() was told
         self._client = client
         self._events: list[TokenEvent] = []
         self._wake = asyncio.Event()
@@ -82,6 +87,12 @@ class RequestStream:
     def done(self) -> bool:
         """True when no event is left to read and none will come."""
         return self._ended and not self._events and self._error is None
+
+    async def wait(self) -> None:
+        """Until there is something to read: events, the end or an error. Not beside a merge() that has begun."""
+        while not self._events and not self._ended:
+            self._wake.clear()
+            await self._wake.wait()
 
     def take(self) -> list[TokenEvent]:
         """The events that arrived since the last read, without waiting.
@@ -111,8 +122,7 @@ class RequestStream:
                 return events
             if self._ended:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            await self.wait()
 
     def _push(self, event: TokenEvent, now: float) -> None:
         if self.first_token_at is None and event.token_id is not None:
@@ -220,16 +230,27 @@ class EngineClient:
                 "(--max-queued-requests); try again later"
             )
 
-    def submit(self, requests: Sequence[Request]) -> list[RequestStream]:
+    def submit(self, requests: Sequence[Request], owner: object = None) -> list[RequestStream]:
         """Send requests (ids from next_id()) as one message; a stream for each. All are taken or none.
 
+        owner: anything that tells end_requests() whose they are.
         Raises EngineUnavailable before ready and after the engine ended, EngineOverloaded above max_open_requests.
         """
         self.check_capacity(sum(request.priority <= 0 for request in requests))
         streams = [RequestStream(self, request.id, request.priority) for request in requests]
-        self._streams.update((stream.id, stream) for stream in streams)
+        for stream in streams:
+            stream.owner = owner
+            self._streams[stream.id] = stream
         self._outbox.put(AddRequests(tuple(requests)))
         return streams
+
+    def end_requests(self, chosen: Callable[[object], bool]) -> int:
+        """Ask the engine to end the open requests whose owner is chosen; -> how many. Their streams end with "abort"
+        after what was sampled until then. Requests without an owner are nobody's to end."""
+        ids = [each.id for each in self._streams.values() if each.owner is not None and chosen(each.owner)]
+        if ids:
+            self._outbox.put(AbortRequests(tuple(ids)))
+        return len(ids)
 
     def flush_cache(self) -> None:
         """Ask the engine to drop every prefix that no running request holds."""
@@ -285,6 +306,9 @@ class EngineClient:
         match message:
             case StepEvents():
                 self._deliver(message)
+            case PromptLogprobs():
+                if (stream := self._streams.get(message.request_id)) is not None:
+                    stream.prompt_logprobs.extend(message.logprobs)
             case Embedded(request_id, vector):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.vector = vector

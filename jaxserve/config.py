@@ -62,6 +62,7 @@ class ModelConfig:
     source_dtype: str = "float32"  # dtype the checkpoint was published in
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pooling: Literal["last", "mean"] = "last"  # the tokens that a prompt's vector is made of
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
@@ -71,7 +72,7 @@ class ModelConfig:
         """
         architectures = config.get("architectures") or ["LlamaForCausalLM"]
         if architectures[0] != "LlamaForCausalLM":
-            raise ConfigError(f"architecture {architectures[0]!r} is not served; this version serves LlamaForCausalLM")
+            raise ConfigError(f"architecture {architectures[0]!r} is not served; LlamaForCausalLM and BertModel are")
         if config.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"hidden_act {config['hidden_act']!r} is not served; only 'silu' is")
         heads = int(config["num_attention_heads"])
@@ -121,12 +122,90 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
     raise ConfigError(f"rope scaling {kind!r} is not served; 'default', 'linear' and 'llama3' are")
 
 
+Pooling = Literal["mean", "cls", "last"]
+_POOLING_MODES: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean",  # the same direction, and vectors are normalised
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+def pooling_of(pooling: Mapping[str, Any]) -> Pooling:
+    """sentence-transformers' 1_Pooling/config.json -> how a text's tokens become one vector. Raises ConfigError."""
+    wanted = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value is True]
+    if isinstance(named := pooling.get("pooling_mode"), str):
+        wanted = [{"cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}.get(named, named)]
+        wanted = ["pooling_mode_mean_tokens" if name == "mean" else name for name in wanted]
+    if len(wanted) != 1 or wanted[0] not in _POOLING_MODES:
+        raise ConfigError(f"pooling by {' and '.join(wanted) or 'nothing'} is not served; mean, cls and last token are")
+    return _POOLING_MODES[wanted[0]]
+
+
+ENCODERS = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
+Activation = Literal["gelu", "gelu_new", "relu"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """A BERT-type encoder, which turns a text into one vector. Letters as ModelConfig's."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    vocab_size: int
+    max_position: int
+    max_seq_len: int  # tokens of one text, special ones included; what the model was published for
+    num_token_types: int = 2
+    norm_eps: float = 1e-12
+    activation: Activation = "gelu"
+    pooling: Pooling = "mean"
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], pooling: Mapping[str, Any] | None, sentence: Mapping[str, Any] | None
+    ) -> "EncoderConfig":
+        """config.json, and sentence-transformers' 1_Pooling/config.json and sentence_bert_config.json where they are.
+
+        Without the second, tokens are averaged, as sentence-transformers does. Raises ConfigError for what is not
+        served, KeyError for what is missing.
+        """
+        positions = config.get("position_embedding_type", "absolute")
+        if positions != "absolute" or config.get("is_decoder"):
+            raise ConfigError(f"a BERT with {positions} positions is not served; encoders with absolute ones are")
+        activation = _ACTIVATIONS.get(str(config.get("hidden_act", "gelu")))
+        if activation is None:
+            raise ConfigError(f"hidden_act {config['hidden_act']!r} is not served; {', '.join(_ACTIVATIONS)} are")
+        max_position = int(config["max_position_embeddings"])
+        return cls(
+            num_layers=int(config["num_hidden_layers"]),
+            embed_dim=int(config["hidden_size"]),
+            num_heads=int(config["num_attention_heads"]),
+            mlp_dim=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_position=max_position,
+            max_seq_len=min(int((sentence or {}).get("max_seq_length") or max_position), max_position),
+            num_token_types=int(config.get("type_vocab_size", 2)),
+            norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+            activation=activation,
+            pooling="mean" if pooling is None else pooling_of(pooling),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process is told. None means: chosen from the model and the device, and said in the log."""
 
     model_path: str  # local folder: HF files, a converted checkpoint, or config.json alone with load_format "dummy"
     cache_dir: str
+    tokenizer_path: str | None = None  # folder of the tokenizer.json that grammars are made for; None: model_path
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     gguf_path: str | None = None  # weights come from this file; model_path holds its tokenizer.json and config.json
     orbax_path: str | None = (
@@ -163,6 +242,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_key: str | None = None  # None: every bearer token is accepted
+    admin_api_key: str | None = None  # of the routes that change the server; None: api_key is theirs too
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server from a browser; "*": all
+    ssl_certfile: str | None = None  # PEM; None: plain HTTP
+    ssl_keyfile: str | None = None  # None: the key is in ssl_certfile
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None  # PEM of who may have signed the clients' certificates
+    ssl_cert_reqs: int = 0  # of clients, as in Python's ssl module: 0 none, 1 optional, 2 required
+    profile_dir: str | None = None  # folder of profiles; None: in the cache directory
     model_path: str = ""  # as resolved; reported by /get_model_info and /v1/models
     served_model_names: tuple[
         str, ...
@@ -178,6 +265,7 @@ class ServerConfig:
     log_level: str = "info"
     log_level_http: str | None = None  # of the access log; None: log_level
     log_requests: bool = False  # one line per request: sizes and parameters, never its text
+    embedding_only: bool = False  # chat and completions are a 400
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish after SIGINT or SIGTERM
     file_storage_path: str | None = None  # folder of files and batches; None: default_storage_path
     batch_concurrency: int | None = None  # requests of batches in flight; None: twice the engine's rows

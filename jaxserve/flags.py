@@ -6,6 +6,7 @@ same names as YAML keys; the command line wins over the file, the file over the 
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -42,7 +43,7 @@ class Flag:
     target: str
     help: str
     parse: Callable[[str], Any] = str  # bool: a switch
-    choices: tuple[str, ...] | None = None
+    choices: tuple[Any, ...] | None = None
     several: bool = False
     inverted: bool = False  # a switch that sets its target to False
 
@@ -125,6 +126,34 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--host",), "server.host", "address to listen on; 0.0.0.0 for every interface"),
     Flag(("--port",), "server.port", "port to listen on; 0 for any free one", _port),
     Flag(("--api-key",), "server.api_key", "key that clients must send as bearer token"),
+    Flag(
+        ("--admin-api-key",),
+        "server.admin_api_key",
+        "key of the routes that change the server, as /flush_cache or /start_profile (default: --api-key)",
+    ),
+    Flag(
+        ("--allowed-origins", "--cors-allow-origins"),
+        "server.allowed_origins",
+        "web pages that may call this server from a browser, as https://example.org, or *: every page "
+        "(default: none, since any page could otherwise use a server on its reader's own machine)",
+        several=True,
+    ),
+    Flag(("--ssl-certfile",), "server.ssl_certfile", "PEM file of the server's certificate: HTTPS instead of HTTP"),
+    Flag(("--ssl-keyfile",), "server.ssl_keyfile", "PEM file of its key (default: in --ssl-certfile)"),
+    Flag(("--ssl-keyfile-password",), "server.ssl_keyfile_password", "of --ssl-keyfile, if it is encrypted"),
+    Flag(("--ssl-ca-certs",), "server.ssl_ca_certs", "PEM file of who signs the clients' certificates"),
+    Flag(
+        ("--ssl-cert-reqs",),
+        "server.ssl_cert_reqs",
+        "whether clients need a certificate: 0 no, 1 optional, 2 yes",
+        int,
+        choices=(0, 1, 2),
+    ),
+    Flag(
+        ("--profile-dir",),
+        "server.profile_dir",
+        "folder that /start_profile writes into (default: profiles in --cache-dir)",
+    ),
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
     Flag(
@@ -251,6 +280,7 @@ FLAGS: tuple[Flag, ...] = (
         "--chunked-prefill-size)",
         _positive,
     ),
+    Flag(("--is-embedding",), "server.embedding_only", "serve embeddings only: chat and completions are a 400", bool),
     Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", _positive),
     Flag(
         ("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", _seconds
@@ -379,11 +409,24 @@ def _targets(given: Mapping[str, Any]) -> dict[str, Any]:
         if flag.names[0] not in given:
             continue
         value = given[flag.names[0]]
-        value = not value if flag.inverted else tuple(value) if flag.several else value
+        value = not value if flag.inverted else _listed(value) if flag.several else value
         if targets.setdefault(flag.target, value) != value:
             names = " and ".join(other.names[0] for other in FLAGS if other.target == flag.target)
             raise FlagError(f"{names} contradict each other; give one of them")
     return targets
+
+
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+    """Words, or one JSON array of them, as vLLM has it."""
+    if len(given) == 1 and given[0].startswith("["):
+        try:
+            words = json.loads(given[0])
+        except ValueError:
+            raise FlagError(f"{given[0]} is no JSON array") from None
+        if all(isinstance(word, str) for word in words):
+            return tuple(words)
+        raise FlagError(f"{given[0]} must be a JSON array of strings")
+    return tuple(given)
 
 
 def _parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

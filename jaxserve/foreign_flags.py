@@ -47,6 +47,8 @@ ATTENTION_BACKENDS = {
 # Names whose only accepted values are the ones here: the rest belongs to versions to come. () with a switch: refused.
 _ONE = ("1",)
 NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
+    "--allowed-methods": (('["*"]',), "--allowed-origins may use every method"),
+    "--allowed-headers": (('["*"]',), "--allowed-origins may send every header"),
     "--tp-size": (_ONE, "one device is used"),
     "--tensor-parallel-size": (_ONE, "one device is used"),
     "--tp": (_ONE, "one device is used"),
@@ -73,7 +75,7 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),
 }
 NOT_YET_SWITCHES: dict[str, str] = {
-    "--is-embedding": "embedding models are not there",
+    "--allow-credentials": "keys are sent as headers, not as cookies",
     "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
     "--enable-lora": "adapters are not there",
     "--enable-auto-tool-choice": "tool calling is not there",

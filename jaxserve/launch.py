@@ -27,9 +27,10 @@ from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
 from jaxserve.progress import CLEAR_LINE, StageReporter
-from jaxserve.service import HttpService, Service, bind, open_store
+from jaxserve.service import HttpService, Service, bind, open_store, tls_options
 from jaxserve.store import StoreError
 from jaxserve.text.chat_template import TemplateError
+from jaxserve.text.embed import matryoshka_sizes
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineFailed, Progress, Ready
 
@@ -52,6 +53,11 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
     configure_logging(config)
     for warning in options.warnings:
         log.warning("%s", warning)
+    try:
+        tls_options(config)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
@@ -85,7 +91,10 @@ def run(options: Options, service: Service, engine: EngineEntry | None = None) -
 def with_environment(options: Options, environ: Mapping[str, str]) -> ServerConfig:
     config = options.server
     key = config.api_key or environ.get("JAXSERVE_API_KEY") or None
-    return replace(config, api_key=key, served_model_names=config.served_model_names or (options.model,))
+    admin = config.admin_api_key or environ.get("JAXSERVE_ADMIN_API_KEY") or None
+    return replace(
+        config, api_key=key, admin_api_key=admin, served_model_names=config.served_model_names or (options.model,)
+    )
 
 
 def configure_logging(config: ServerConfig) -> None:
@@ -107,6 +116,7 @@ def configure_logging(config: ServerConfig) -> None:
                     "use_colors": False,
                 },
             },
+            "filters": {"probes": {"()": "jaxserve.launch.ProbeFilter"}},
             "handlers": {
                 "plain": {"class": "logging.StreamHandler", "formatter": "plain"},
                 "access": {"class": "logging.StreamHandler", "formatter": "access"},
@@ -118,12 +128,24 @@ def configure_logging(config: ServerConfig) -> None:
                 "uvicorn.error": {"level": "WARNING"},
                 "uvicorn.access": {
                     "handlers": ["access"],
+                    "filters": ["probes"],
                     "level": (config.log_level_http or config.log_level).upper(),
                     "propagate": False,
                 },
             },
         }
     )
+
+
+class ProbeFilter(logging.Filter):
+    """Access lines of /health are of level DEBUG: probes ask every second or so, for ever."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+        if str(path).partition("?")[0] != "/health":
+            return True
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
 
 
 class LogFormatter(logging.Formatter):
@@ -223,9 +245,11 @@ class FrontEnd:
             names = tuple(dict.fromkeys((options.model, resolved.name)))
             config = replace(config, served_model_names=names)
         self.serving.config = replace(config, model_path=resolved.folder)
+        self.serving.matryoshka = matryoshka_sizes(resolved.folder)
         engine_config = EngineConfig(
             model_path=resolved.folder,
             cache_dir=options.cache_dir or "",
+            tokenizer_path=config.tokenizer_path,
             gguf_path=resolved.gguf_path,
             orbax_path=resolved.orbax_path,
             **options.engine,
@@ -270,14 +294,14 @@ class FrontEnd:
     def _announce(self, ready: Ready) -> None:
         config = self.serving.config
         log.info(
-            "model %s on %d %s (%s), %s, context %d tokens, KV cache %d tokens, %d programs, #cache_miss: %d",
+            "model %s on %d %s (%s), %s, context %d tokens, %s, %d programs, #cache_miss: %d",
             config.served_model_names[0],
             ready.num_devices,
             ready.platform,
             ready.device_kind,
             ready.dtype,
             ready.max_model_len,
-            ready.num_pages * ready.page_size,
+            f"KV cache {ready.num_pages * ready.page_size} tokens" if ready.generates else "embeddings only",
             ready.num_programs,
             ready.cache_misses,
         )

@@ -20,6 +20,7 @@ from jaxserve.config import DEFAULT_MODEL, ConfigError, EngineConfig, default_ca
 from jaxserve.progress import StageReporter
 from jaxserve.text.chat_template import TemplateError
 from jaxserve.text.generate import Delta, GenerateOptions, generate
+from jaxserve.text.grammar import FIELDS, GrammarChecker, grammar_of
 from jaxserve.text.params import SamplingRequest, resolve_sampling
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineStats, FinishReason, Ready, SamplingParams, TokenLogprobs
@@ -27,7 +28,7 @@ from jaxserve.types import EngineStats, FinishReason, Ready, SamplingParams, Tok
 T = TypeVar("T")
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
-_GIVEN_BY_MODEL = ("model_path", "cache_dir", "gguf_path", "orbax_path")
+_GIVEN_BY_MODEL = ("model_path", "tokenizer_path", "cache_dir", "gguf_path", "orbax_path")
 _ENGINE_OPTIONS = tuple(field.name for field in fields(EngineConfig) if field.name not in _GIVEN_BY_MODEL)
 _SAMPLING = tuple(field.name for field in fields(SamplingRequest))
 _SHUTDOWN_SECONDS = 30.0
@@ -84,8 +85,8 @@ class LLM:
     """`LLM().chat([{"role": "user", "content": "Hello"}]).text`; close() it, or use it in a with statement.
 
     Sampling keywords of generate, chat and stream: n, stop (a string or several), include_stop, skip_special_tokens,
-    and those of text.params.SamplingRequest (max_tokens, temperature, top_p, seed, num_logprobs ...). Calls from
-    several threads are batched together.
+    those of text.params.SamplingRequest (max_tokens, temperature, top_p, seed, num_logprobs ...), and those of
+    text.grammar.FIELDS (response_format, json_schema, regex ...). Calls from several threads are batched together.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class LLM:
         )
         self.model = resolved.name
         self.tokenizer = Tokenizer.from_folder(resolved.folder, chat_template=chat_template)
+        self._grammar_checker = GrammarChecker(self.tokenizer)
         self._background = _Background(config)
         self._finalizer = weakref.finalize(self, self._background.close)
         self._client = self._background.client
@@ -233,12 +235,15 @@ class LLM:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _job(self, prompt: tuple[int, ...], sampling: dict[str, Any]) -> _Job:
-        _check_names("sampling option", sampling, (*_SAMPLING, "n", "stop", "include_stop", "skip_special_tokens"))
+        names = (*_SAMPLING, "n", "stop", "include_stop", "skip_special_tokens", *FIELDS)
+        _check_names("sampling option", sampling, names)
         named = dict(sampling)
         n, stop = named.pop("n", 1), named.pop("stop", ()) or ()
         if type(n) is not int or n < 1:
             raise ValueError(f"n is {n!r}; an integer of at least 1 is allowed")
+        fields = {name: value for name in FIELDS if (value := named.pop(name, None)) is not None}
         options = GenerateOptions(
+            grammar=grammar_of(fields, self._grammar_checker) if fields else None,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             include_stop=named.pop("include_stop", False),
             skip_special_tokens=named.pop("skip_special_tokens", True),

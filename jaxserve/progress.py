@@ -27,6 +27,7 @@ class _Stage:
     done: int = 0
     total: int = 0
     message: str = ""
+    moved: float = 0.0  # when more of it was done the last time; another stage may have gone on since
 
 
 class StageReporter:
@@ -43,6 +44,7 @@ class StageReporter:
         self.open = {name: state for name, state in self.open.items() if name == stage or state.total}
         now = self.clock()
         state = self.open.setdefault(stage, _Stage(now))
+        state.moved = now if done != state.done else max(state.moved, state.since)
         state.done, state.total, state.message = done, total, message
         if self.terminal:
             parts = [describe(name, s.done, s.total, s.message, now - s.since) for name, s in self.open.items()]
@@ -66,7 +68,7 @@ class StageReporter:
             done = state.total
         line = describe(stage, done, state.total, message, 0.0)
         if state.total and done >= state.total:
-            line += f", {self.clock() - state.since:.1f} s"
+            line += f", {state.moved - state.since:.1f} s"
         self.out.write((CLEAR_LINE if self.terminal else "") + line + "\n")
         self.out.flush()
 

@@ -3,21 +3,24 @@
 import asyncio
 import logging
 import socket
+import ssl
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 
 from jaxserve.api.app import create_app
 from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient
-from jaxserve.config import ServerConfig
+from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.store import Store, StoreError
 from jaxserve.store.sqlite import SQLiteStore
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
+DRAIN_POLL = 0.05  # seconds
 
 
 class Service(Protocol):
@@ -50,12 +53,15 @@ class HttpService:
     def __init__(self, config: ServerConfig, listener: socket.socket, store: Store | None, store_missing: str) -> None:
         self.config, self.listener, self.store, self.store_missing = config, listener, store, store_missing
         self.ended = asyncio.Event()
+        self.hurried = asyncio.Event()
 
     def attach(self, client: EngineClient) -> Serving:
         app = create_app(client, self.config, store=self.store)
         self.client, self.serving = client, app.state.serving
         self.serving.store_missing = self.store_missing
-        self.server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", server_header=False))
+        self.server = _Server(
+            uvicorn.Config(app, log_config=None, lifespan="off", server_header=False, **tls_options(self.config))
+        )
         return self.serving
 
     async def run(self) -> int:
@@ -78,18 +84,24 @@ class HttpService:
     def _url(self) -> str:
         config = self.config
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+        scheme = "http" if config.ssl_certfile is None else "https"
+        return f"{scheme}://[{host}]:{config.port}" if ":" in host else f"{scheme}://{host}:{config.port}"
 
     async def stop(self, grace: float) -> None:
-        self.server.config.timeout_graceful_shutdown = max(1, round(grace))
+        """While open requests finish the port stays open: new ones are told 503, not refused a connection."""
+        deadline = time.monotonic() + grace
         if self.serving.batch_worker is not None:
             await self.serving.batch_worker.stop()
         if self.client.num_open:
             log.info("waiting for %d open requests", self.client.num_open)
+        while self.client.num_open and not self.hurried.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL)
+        self.server.config.timeout_graceful_shutdown = max(1, round(deadline - time.monotonic()))
         self.server.should_exit = True
         await self.ended.wait()
 
     def hurry(self) -> None:
+        self.hurried.set()
         self.server.force_exit = True
 
 
@@ -99,6 +111,34 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def tls_options(config: ServerConfig) -> dict[str, Any]:
+    """What uvicorn is told of certificates. Raises ConfigError for files that are missing or do not fit each other."""
+    if config.ssl_certfile is None:
+        others = ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs")
+        if given := [name for name in others if getattr(config, name)]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --ssl-certfile")
+        return {}
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # A function, since OpenSSL would ask at the terminal for a password that is missing.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, lambda: config.ssl_keyfile_password or "")
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        files = [name for name in (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs) if name]
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"TLS with {', '.join(files)} is not possible: {reason}") from None
+    if config.ssl_cert_reqs and config.ssl_ca_certs is None:
+        raise ConfigError("--ssl-cert-reqs needs --ssl-ca-certs, which says who signs the clients' certificates")
+    return {
+        "ssl_certfile": config.ssl_certfile,
+        "ssl_keyfile": config.ssl_keyfile,
+        "ssl_keyfile_password": config.ssl_keyfile_password,
+        "ssl_ca_certs": config.ssl_ca_certs,
+        "ssl_cert_reqs": config.ssl_cert_reqs,
+    }
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -17,7 +17,7 @@ class SamplingParams:
     The order of operations is penalties, logit_bias, min_tokens -> temperature -> top_k -> top_p -> min_p.
     """
 
-    max_tokens: int  # >= 1, and num_prompt + max_tokens <= max_model_len; 0 only with num_prompt_logprobs
+    max_tokens: int  # num_prompt + max_tokens <= max_model_len; 0: the request ends with its prompt, without a token
     seed: int  # 64 bits, unsigned; the front end draws one when the client gives none
     choice: int = 0  # index of the choice among n; part of the random key
     temperature: float = 1.0  # 0 = greedy
@@ -66,6 +66,7 @@ class TokenLogprobs:
     logprob: float
     top_ids: tuple[int, ...]  # likeliest first; num_logprobs of them
     top_logprobs: tuple[float, ...]
+    rank: int | None = None  # 1 = the likeliest; known for tokens of a prompt only
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class StepEvents:
     token)."""
 
     request_ids: tuple[int, ...]
-    token_ids: tuple[int | None, ...]  # None where a request ends without a token: "abort", or "stop" of an "embed"
+    token_ids: tuple[int | None, ...]  # None where a request ends without a token: abort, embed, max_tokens 0, grammar
     finish_reasons: tuple[FinishReason | None, ...]
     cached_tokens: tuple[int, ...]  # prompt tokens of this request that came from the prefix cache
     logprobs: tuple[TokenLogprobs | None, ...]

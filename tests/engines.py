@@ -27,9 +27,11 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.scheduling.grammar import Vocabulary
 from jaxserve.scheduling.plan import StepPlan
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
-from jaxserve.types import EngineStats, Request, SamplingParams, TokenLogprobs
+from jaxserve.types import Embedded, EngineStats, Request, SamplingParams, StepEvents, TokenLogprobs
 from kernels_pallas.attention import choose
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -61,9 +63,13 @@ def shared_folder(name: str) -> str:
     return write_tiny_llama(tempfile.mkdtemp(prefix=f"tiny-{name}-"), **MODELS[name])
 
 
-@functools.cache
 def shared_engine(name: str = "grouped") -> Engine:
     """Built once a session: "grouped" with every kind of step, the others small."""
+    return _built_engine(name)
+
+
+@functools.cache
+def _built_engine(name: str) -> Engine:
     return build_engine(shared_folder(name), **(FULL if name == "grouped" else SMALL))
 
 
@@ -89,7 +95,8 @@ def build_runner(
     config = EngineConfig(folder, cache_folder())
     model, mesh = read_model_config(config), make_mesh(jax.devices()[:1])
     structure, description = describe(model, jnp.dtype("float32"), mesh, layout)
-    shape = StepShape(model, Layout.of(layout), structure, choose("cpu", attention), sizes.page_size, sizes.max_pages)
+    chosen = choose("cpu", attention)
+    shape = StepShape(model, Layout.of(layout), structure, chosen, sizes.page_size, sizes.max_pages, sizes.chunk_size)
     made = ModelRunner(shape, sizes, mesh, jnp.dtype("float32"))
     monkeypatch.setattr(runner_module, "layers_per_program", lambda num_layers, platform: None)
     wanted = [bucket for bucket in buckets(sizes) if bucket.num_prefill or not prefill_only]
@@ -111,6 +118,8 @@ class Answer:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     reason: str | None = None
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    vector: np.ndarray | None = None
 
 
 @dataclass
@@ -120,6 +129,7 @@ class Driver:
     runner: Runner
     config: SchedulerConfig
     overlap: bool = True
+    vocabulary: Vocabulary | None = None  # for requests with a grammar
     plans: list[StepPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -131,12 +141,22 @@ class Driver:
         return self.scheduler.stats()
 
     def run(
-        self, wanted: Iterable[tuple[Sequence[int], SamplingParams]], on_turn: Callable[[int], None] = lambda turn: None
+        self,
+        wanted: Iterable[
+            tuple[Sequence[int], SamplingParams | None] | tuple[Sequence[int], SamplingParams, str | None]
+        ],
+        on_turn: Callable[[int], None] = lambda turn: None,
     ) -> list[Answer]:
-        """(prompt, params) of requests that arrive together -> their answers, in that order."""
+        """(prompt, params, grammar) of requests that arrive together -> their answers, in that order. No params: embed
+        it."""
         answers: dict[int, Answer] = {}
-        for prompt, params in wanted:
-            self.scheduler.add(Request(self._next_id, tuple(prompt), params), 0.0)
+        for prompt, params, *more in wanted:
+            grammar = more[0] if more else None
+            matcher = self.vocabulary.compile(grammar) if grammar is not None and self.vocabulary is not None else None
+            task: Any = "embed" if params is None else "generate"
+            given = params or SamplingParams(max_tokens=0, seed=0)
+            request = Request(self._next_id, tuple(prompt), given, grammar=grammar, task=task)
+            self.scheduler.add(request, 0.0, matcher)
             answers[self._next_id] = Answer()
             self._next_id += 1
         flight: deque[tuple[StepPlan, Any]] = deque()
@@ -152,16 +172,32 @@ class Driver:
                 flight.append((plan, self.runner.launch(plan)))
             while len(flight) > (plan is not None):
                 self._commit(*flight.popleft(), answers)
+            if plan is not None and plan.is_constrained:
+                masks, events = self.scheduler.constrain(plan)
+                flight[-1][1].sample(masks)
+                self._read(events, answers)
             self.scheduler.check_invariants()
         return list(answers.values())
 
     def _commit(self, plan: StepPlan, handle: Any, answers: dict[int, Answer]) -> None:
-        events = self.scheduler.commit(plan, handle.result())
+        result = handle.result()
+        for message in read_messages(plan, result):
+            answer = answers[message.request_id]
+            assert not answer.token_ids and answer.vector is None, "told after the first token, or twice"
+            if isinstance(message, Embedded):
+                answer.vector = np.frombuffer(message.vector, np.float32)
+            else:
+                assert message.first == len(answer.prompt_logprobs)
+                answer.prompt_logprobs.extend(message.logprobs)
+        self._read(self.scheduler.commit(plan, result), answers)
+
+    def _read(self, events: StepEvents, answers: dict[int, Answer]) -> None:
         columns = (events.request_ids, events.token_ids, events.finish_reasons, events.cached_tokens, events.logprobs)
         for request_id, token, reason, cached, logprobs in zip(*columns, strict=True):
             answer = answers[request_id]
-            answer.token_ids.append(token)
-            answer.logprobs.append(logprobs)
+            if token is not None:
+                answer.token_ids.append(token)
+                answer.logprobs.append(logprobs)
             answer.cached_tokens = cached
             if reason is not None:
                 answer.reason = reason

@@ -3,7 +3,7 @@
 A wrong page, position, length, slot, order or sampling word gives a wrong token, so every answer checks the plan.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,41 @@ def next_token(tokens: list[int], sampling: list[int], suppressed: frozenset[int
     return token
 
 
+def state_of(tokens: list[int]) -> int:
+    """The hidden state of the last of tokens, which depends on all of them."""
+    value = 5
+    for index, token in enumerate(tokens):
+        value = (value * 37 + token * (index + 3)) % 1_000_033
+    return value
+
+
+def score_of(tokens: list[int], target: int) -> int:
+    """What target's log-probability behind tokens is told by."""
+    return (state_of(tokens) + 101 * target) % 4093
+
+
+def vector_of(tokens: list[int]) -> np.ndarray:
+    """[4] the hidden state of the last of tokens as a vector."""
+    value = state_of(tokens)
+    return np.array([value % 7, value % 11, value % 13, 1], np.float32)
+
+
+def expected_readings(request: Request, pooling: str) -> tuple[list[int | None], np.ndarray]:
+    """What a request's prompt must tell: a score for each token, and the vector, [4] of length 1."""
+    tokens = list(request.token_ids)
+    scores = [None, *(score_of(tokens[:i], tokens[i]) for i in range(1, len(tokens)))]
+    states = [vector_of(tokens[: i + 1]) for i in range(len(tokens))]
+    vector = np.sum(states, axis=0, dtype=np.float64) if pooling == "mean" else states[-1].astype(np.float64)
+    return scores, vector / np.linalg.norm(vector)
+
+
 def expected(request: Request, max_model_len: int) -> tuple[list[int], str]:
     """What a request must answer, computed with no scheduler: its tokens and finish reason."""
     params, tokens = request.params, list(request.token_ids)
+    if request.task == "embed":
+        return [], "stop"
+    if params.max_tokens == 0:
+        return [], "length"
     sampling = sampling_words(params).tolist()[1:]
     output: list[int] = []
     while True:
@@ -57,7 +89,9 @@ class FakeRunner:
     max_running: int
     max_pages: int
     seen: set = field(default_factory=set)  # buckets
-    counts: dict = field(default_factory=lambda: {"take_last": 0, "chunks": 0, "partial_chunks": 0, "admissions": 0})
+    counts: dict = field(
+        default_factory=lambda: {"take_last": 0, "chunks": 0, "partial_chunks": 0, "admissions": 0, "readings": 0}
+    )
 
     def __post_init__(self) -> None:
         self.kv = np.full((self.num_pages, self.page_size), POISON, np.int64)
@@ -82,7 +116,37 @@ class FakeRunner:
         # Attention may read the cache as it was before the step, except for the row's own new tokens.
         before = self.kv.copy()
         fed = {row: self._feed(arrays, row, start, stop) for row, (start, stop) in spans.items()}
-        return self._sample(plan, arrays, before, spans, fed)
+        result = self._sample(plan, arrays, before, spans, fed)
+        return replace(result, read=self._read(plan.readings, plan, arrays, before, spans, fed))
+
+    def _read(self, readings: words.Readings | None, plan, arrays, before, spans, fed) -> words.ReadResult | None:
+        if readings is None:
+            return None
+        self.counts["readings"] += len(readings.index) + sum(stop - start for start, stop in readings.spans)
+
+        known = {row: self._cached(arrays, before, row, len(tokens)) + tokens for row, tokens in fed.items()}
+
+        def tokens_up_to(at: int) -> list[int]:
+            """What prefill token number at has before it in its sequence, itself included."""
+            at += plan.bucket.num_decode
+            row = next(row for row, (start, stop) in spans.items() if start <= at < stop)
+            return known[row][: len(known[row]) - (spans[row][1] - at - 1)]
+
+        scores = [score_of(tokens_up_to(i), t) for i, t in zip(readings.index, readings.targets, strict=True)]
+        top = np.arange(20) + np.asarray(scores, np.int64).reshape(-1, 1)
+        sums = [sum(vector_of(tokens_up_to(at)) for at in range(*span)) for span in readings.spans]
+        return words.ReadResult(
+            logprobs=-np.asarray(scores, np.float32),
+            ranks=np.asarray(scores, np.int32) + 1,
+            top_ids=top.astype(np.int32),
+            top_logprobs=-top.astype(np.float32),
+            sums=np.asarray(sums, np.float32),
+        )
+
+    def _cached(self, arrays: words.PlanArrays, before, row: int, num_new: int) -> list[int]:
+        """The tokens that a row reads from pages written by earlier steps."""
+        table, old = arrays.page_table[row], int(arrays.kv_lens[row]) - num_new
+        return [int(before[table[i // self.page_size], i % self.page_size]) for i in range(old)]
 
     def _spans(self, plan: StepPlan, arrays: words.PlanArrays) -> dict[int, tuple[int, int]]:
         """Row -> its tokens in token_ids, padding left out."""
@@ -114,7 +178,10 @@ class FakeRunner:
                 end = bucket.num_decode + starts[row - bucket.num_decode + 1]
                 assert stop <= end
                 assert (arrays.positions[stop:end] >= arrays.kv_lens[row]).all()
-                assert arrays.flags[row] & words.EMIT or arrays.kv_lens[row] % size == 0
+                sequence = dict(plan.sequences)[row]
+                ends = not sequence.answers and arrays.kv_lens[row] == sequence.num_prompt
+                assert arrays.flags[row] & words.EMIT or arrays.kv_lens[row] % size == 0 or ends
+                assert sequence.answers or not arrays.flags[row]
                 self.counts["chunks"] += 1
                 self.counts["partial_chunks"] += not arrays.flags[row] & words.EMIT
             pages = -(-int(arrays.kv_lens[row]) // size)
@@ -155,8 +222,7 @@ class FakeRunner:
             if not flags & words.EMIT:
                 assert not flags
                 continue
-            old = int(arrays.kv_lens[row]) - len(tokens)
-            read = [int(before[arrays.page_table[row, i // self.page_size], i % self.page_size]) for i in range(old)]
+            read = self._cached(arrays, before, row, len(tokens))
             suppressed = self.stops[slot] if flags & words.SUPPRESS_STOP else frozenset()
             history = self.history[slot] if flags & words.PENALTIES else None
             token = next_token(read + tokens, tail[:, row].tolist(), suppressed, history)

@@ -2,9 +2,12 @@
 have."""
 
 import json
+import math
+import random
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Self
@@ -14,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from jaxserve.types import (
     AbortRequests,
     AddRequests,
+    Embedded,
     EngineFailed,
     EngineStats,
     FinishReason,
@@ -49,6 +53,8 @@ class ScriptedEngine:
         vocab_size: int = 512,
         cached_tokens: Callable[[Request], int] = lambda request: 0,
         announce_ready: bool = True,
+        embedding_size: int = 8,
+        generates: bool = True,
     ) -> None:
         self.client_end, self._end = Pipe()
         self.requests: list[Request] = []
@@ -57,7 +63,8 @@ class ScriptedEngine:
         self.num_flushes = 0
         self.stopped = False
         self._script = script
-        self._ready = Ready(max_model_len, 16, 100, 8, vocab_size, "cpu", "scripted", 1, "float32", 0, 0, 0.0)
+        sizes = (max_model_len, 16, 100, 8, vocab_size)
+        self._ready = Ready(*sizes, "cpu", "scripted", 1, "float32", 0, 0, 0.0, embedding_size, generates)
         self._cached_tokens = cached_tokens
         self._announce_ready = announce_ready
         self._running: dict[int, tuple[Request, int]] = {}
@@ -150,6 +157,12 @@ class ScriptedEngine:
     def _step(self) -> StepEvents:
         rows = []
         for request, index in list(self._running.values()):
+            if request.task == "embed":
+                del self._running[request.id]
+                vector = array("f", vector_of(request.token_ids, self._ready.embedding_size))
+                self.send(Embedded(request.id, vector.tobytes()))
+                rows.append((request.id, None, "stop", 0, None))
+                continue
             token = self._script(request, index)
             params = request.params
             reason: FinishReason | None = None
@@ -167,6 +180,14 @@ class ScriptedEngine:
     def _events(self, rows: list[tuple]) -> StepEvents:
         stats = EngineStats(len(self._running), 0, 100, len(self._running), 0, 0, 0, 0, 0, 0, 0, 0, 0)
         return StepEvents(*(tuple(column) for column in zip(*rows, strict=True)), stats=stats)
+
+
+def vector_of(token_ids: Sequence[int], size: int) -> list[float]:
+    """What a ScriptedEngine says to these ids: numbers drawn from them, of length 1."""
+    draw = random.Random(repr(tuple(token_ids)))
+    values = [draw.gauss(0, 1) for _ in range(size)]
+    length = math.sqrt(sum(value * value for value in values))
+    return [value / length for value in values]
 
 
 def logprobs_of(request: Request, token: int) -> TokenLogprobs | None:

@@ -132,7 +132,7 @@ def test_an_unknown_file_makes_a_failed_batch(server: ApiServer):
     ("change", "param", "code"),
     [
         ({"endpoint": None}, "endpoint", "missing_required_parameter"),
-        ({"endpoint": "/v1/embeddings"}, "endpoint", "invalid_value"),
+        ({"endpoint": "/v1/moderations"}, "endpoint", "invalid_value"),
         ({"endpoint": 1}, "endpoint", "invalid_type"),
         ({"completion_window": "1h"}, "completion_window", "invalid_value"),
         ({"input_file_id": None}, "input_file_id", "missing_required_parameter"),
@@ -284,6 +284,7 @@ def test_the_engine_sees_no_more_than_the_concurrency(store: SQLiteStore):
         def watch() -> None:
             while not stop.is_set():
                 most[0] = max(most[0], server.engine.num_running)
+                time.sleep(0.0005)  # or it would hold the GIL against those it watches
 
         watcher = threading.Thread(target=watch)
         watcher.start()

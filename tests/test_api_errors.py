@@ -77,7 +77,6 @@ CHAT_FIELDS = [
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("tool_choice", "auto"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-    ("response_format", {"type": "json_object"}),
     ("modalities", ["text", "audio"]),
 ]
 COMPLETION_FIELDS = [
@@ -155,7 +154,6 @@ COMMON_FIELDS = [
     ("rid", "x" * 1000),
     ("use_beam_search", True),
     ("prompt_logprobs", 1),
-    ("guided_json", {}),
     ("lora_path", "x"),
     ("cache_salt", "x"),
 ]

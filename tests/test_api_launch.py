@@ -13,7 +13,7 @@ from typing import Self
 
 import pytest
 
-from jaxserve.launch import LogFormatter
+from jaxserve.launch import LogFormatter, ProbeFilter
 from jaxserve.progress import CLEAR_LINE, StageReporter, describe
 from jaxserve.utils import _free_port, launch_server, launch_server_cmd, terminate_process, wait_for_server
 from tests.fakes import write_byte_level
@@ -223,6 +223,40 @@ def test_stages_that_take_turns_are_one_line_each_and_counts_are_said_once():
     lines = [line.rpartition(",")[0] for line in out.getvalue().splitlines()]
     assert lines == ["loaded 18.9/18.9 MB", "compiled 8/8", "warmed up 2/2"]
     assert describe("compile", 8, 8, "compiled 8/8, 0 s left", 1.0) == "compiled 8/8, 0 s left"
+
+
+def test_a_stage_lasts_until_its_own_end_though_another_goes_on():
+    import io
+
+    out, now = io.StringIO(), [0.0]
+    reporter = StageReporter(out, clock=lambda: now[0])
+    for now[0], stage, done in ((1.0, "load", 0), (1.0, "compile", 0), (3.0, "load", 2), (3.5, "load", 2)):
+        reporter.show(stage, done, 2, "")
+    now[0] = 9.0
+    reporter.show("compile", 2, 2, "")
+    reporter.finish(complete=True)
+    assert out.getvalue().splitlines() == ["loaded 2/2, 2.0 s", "compiled 2/2, 8.0 s"]
+
+
+def test_probes_are_logged_at_debug_only():
+    import logging
+
+    logger = logging.getLogger("uvicorn.access")
+    before = logger.level
+    try:
+        for path, level, shown in (
+            ("/health", logging.INFO, False),
+            ("/health?a=1", logging.INFO, False),
+            ("/health", logging.DEBUG, True),
+            ("/health_generate", logging.INFO, True),
+            ("/v1/models", logging.INFO, True),
+        ):
+            logger.setLevel(level)
+            args = ("127.0.0.1:1", "GET", path, "1.1", 503)
+            record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, "%s %s %s %s %d", args, None)
+            assert ProbeFilter().filter(record) == shown, path
+    finally:
+        logger.setLevel(before)
 
 
 def test_a_log_line_on_a_terminal_takes_the_place_of_the_progress_line():

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 from jaxserve.api.app import ROUTES
+from jaxserve.api.generate_schema import (
+    REFUSED_IN_GENERATE,
+    REFUSED_IN_SAMPLING,
+    GenerateRequest,
+    NativeSampling,
+)
 from jaxserve.api.schema import (
     REFUSED,
     REFUSED_IN_CHAT,
@@ -93,6 +99,8 @@ def test_every_route_has_one_row():
 )
 def test_every_field_has_one_row_for_each_route(path, model):
     expected = set(model.model_fields)
+    if model is GenerateRequest:
+        expected |= {*NativeSampling.model_fields, *REFUSED_IN_GENERATE, *REFUSED_IN_SAMPLING}
     if model in (ChatRequest, CompletionRequest):
         own = REFUSED_IN_CHAT if model is ChatRequest else REFUSED_IN_COMPLETIONS
         expected |= {*REFUSED, *own, *WITHOUT_EFFECT}

@@ -4,11 +4,12 @@ import functools
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,10 +27,13 @@ from tiny_llama import tiny_tokenizer
 from bench.replay import replay
 from jaxserve.config import EngineConfig
 from jaxserve.engine import main as engine_main
+from jaxserve.engine.grammars import load_vocabulary
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.record import Recording, RecordingRunner
 from jaxserve.scheduling.plan import Bucket, StepPlan
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig
+from jaxserve.text.grammar import regex
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import (
     AbortRequests,
     AddRequests,
@@ -168,8 +172,10 @@ def test_recorded_plans_run_again_give_the_same_tokens(tmp_path):
     ticks = iter(range(10**6))
     recorder = RecordingRunner(engine.runner, config, clock=lambda: float(next(ticks)))
     wanted = [(prompt, seeded(9, **SAMPLERS["bias and min_tokens"])) for prompt in draw_prompts(30, 70)]
-    driver = Driver(recorder, engine.sizes.scheduler)
-    driver.run([*wanted, (wanted[0][0][:5], greedy(12))])
+    vocabulary = load_vocabulary(shared_folder("grouped"), engine.model.vocab_size, engine.model.eos_token_ids)
+    driver = Driver(recorder, engine.sizes.scheduler, vocabulary=vocabulary)
+    answers = driver.run([*wanted, (wanted[0][0][:5], greedy(12), regex("[a-z]{4} [0-9]{30}"))])
+    assert re.fullmatch("[a-z]{4} [0-9]{4,11}", text_of(shared_folder("grouped"), answers[2].token_ids))
     recorder.save(str(tmp_path / "plans"))
     recording = Recording.load(str(tmp_path / "plans"))
     assert recording.config == replace(config, record_plans=None)
@@ -183,6 +189,43 @@ def test_recorded_plans_run_again_give_the_same_tokens(tmp_path):
     assert again.recorded_seconds == recording.read[-1] - recording.launched[2]
     other = tuple(np.where(ids > 0, ids - 1, 1) for ids in recording.token_ids)
     assert replay(engine.runner, replace(recording, token_ids=other), range(steps)).different_tokens > 20
+
+
+def text_of(folder: str, ids: Sequence[int]) -> str:
+    return Tokenizer.from_folder(folder).decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_constrained_rows_obey_their_grammars_and_the_rows_beside_them_are_as_without_them(overlap):
+    """More requests than rows, and fewer pages than they need: some wait, some are preempted."""
+    engine, folder = shared_engine(), shared_folder("grouped")
+    vocabulary = load_vocabulary(folder, engine.model.vocab_size, engine.model.eos_token_ids)
+    prompts = draw_prompts(30, 5, 17, 40, 3, 8)
+    patterns = [r"(yes|no) [a-f]{3,8}\.", None, "[0-9]{2}(:[0-9]{2})*", None, '"[^"]*"', None]
+    stop = Tokenizer.from_folder(folder).eos_token_ids
+    wanted = [
+        (
+            prompt,
+            replace(seeded(40) if i % 3 else greedy(40), stop_token_ids=stop if pattern else ()),
+            pattern and regex(pattern),
+        )
+        for i, (prompt, pattern) in enumerate(zip(prompts, patterns, strict=True))
+    ]
+    plain = Driver(engine.runner, engine.sizes.scheduler).run([w[:2] for w in wanted if w[2] is None])
+    small = replace(engine.sizes.scheduler, num_pages=8)
+    driver = Driver(engine.runner, small, overlap, vocabulary)
+    answers = driver.run(wanted)
+    assert [a.token_ids for a, p in zip(answers, patterns, strict=True) if p is None] == [a.token_ids for a in plain]
+    again = Driver(engine.runner, engine.sizes.scheduler, overlap, vocabulary).run(wanted[::-1])[::-1]
+    assert [a.token_ids for a in again] == [a.token_ids for a in answers]
+    for answer, pattern in zip(answers, patterns, strict=True):
+        if pattern is not None:
+            text = text_of(folder, answer.token_ids)
+            matcher = vocabulary.compile(regex(pattern)).inner
+            assert matcher.try_consume_tokens(answer.token_ids) == len(answer.token_ids), text
+            assert answer.reason == "length" or re.fullmatch(pattern, text), text
+    assert answers[0].reason == "stop"
+    assert driver.stats.preemptions_total > 0
 
 
 # The loop, on a runner that hashes what it reads
@@ -353,11 +396,9 @@ def run_main(config: EngineConfig) -> tuple[int, list[FromEngine]]:
     said: list[FromEngine] = []
 
     def listen() -> None:
-        try:
-            while True:
-                said.append(ours.recv())
-        except EOFError:
-            pass
+        # Not until the pipe's end: the engine's own reader still holds the other one.
+        while not said or not isinstance(said[-1], EngineFailed):
+            said.append(ours.recv())
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

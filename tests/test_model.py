@@ -18,12 +18,15 @@ from engines import (
     shared_engine,
     shared_folder,
 )
-from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, tiny_tokenizer
+from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.compile import StagedStep, WholeStep
+from jaxserve.engine.grammars import load_vocabulary
+from jaxserve.engine.runner import ModelRunner
 from jaxserve.model import llama
 from jaxserve.scheduling.scheduler import SchedulerConfig
+from jaxserve.text.grammar import regex
 from jaxserve.types import SamplingParams
 
 VOCAB = tiny_tokenizer().get_vocab_size()
@@ -111,6 +114,13 @@ def test_whole_and_staged_steps_and_all_layouts_give_the_same_log_probabilities(
     wanted = [(prompt, greedy(4)) for prompt in draw_prompts(20, 3)]
     expected = Driver(staged.runner, sizes).run(wanted)
     check_against_numpy(name, wanted, expected)
+    vocabulary = load_vocabulary(shared_folder(name), staged.model.vocab_size, staged.model.eos_token_ids)
+    constrained = [(*wanted[0], regex("[0-9]{9}")), wanted[1]]
+    masked = Driver(staged.runner, sizes, vocabulary=vocabulary).run(constrained)
+    assert masked[1].token_ids == expected[1].token_ids
+    told, plain = masked[0].logprobs[0], expected[0].logprobs[0]
+    assert told is not None and plain is not None
+    assert told.top_logprobs == plain.top_logprobs, "a mask changes no log-probability"
     for layout in ("cpu", "gpu", "tpu"):
         prefill_only = layout != "cpu"
         runner = build_runner(monkeypatch, shared_folder(name), sizes, layout=layout, prefill_only=prefill_only)
@@ -122,6 +132,24 @@ def test_whole_and_staged_steps_and_all_layouts_give_the_same_log_probabilities(
             for a, b in zip(want.logprobs[:count], got.logprobs, strict=True):
                 assert a is not None and b is not None
                 np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, atol=2e-5, err_msg=layout)
+        answers = Driver(runner, sizes, vocabulary=vocabulary).run([(p, greedy(count), *g) for p, _, *g in constrained])
+        for want, got in zip(masked, answers, strict=True):
+            assert want.token_ids[:count] == got.token_ids, layout
+        check_readings(runner, sizes, name, wanted[0][0], layout)
+
+
+def check_readings(runner: ModelRunner, sizes: SchedulerConfig, name: str, prompt: list[int], layout: str) -> None:
+    """What a prompt tells in a layout, against the reference: its log-probabilities and its mean vector."""
+    ending = SamplingParams(max_tokens=0, seed=0, num_prompt_logprobs=0)
+    driver = Driver(runner, replace(sizes, pooling="mean"))
+    scored, embedded = driver.run([(prompt, ending), (prompt, None)])
+    hidden, head = numpy_hidden(shared_folder(name), prompt)
+    table = log_softmax(hidden @ head.T)
+    told = [item.logprob for item in scored.prompt_logprobs if item is not None]
+    np.testing.assert_allclose(told, table[np.arange(len(prompt) - 1), prompt[1:]], atol=2e-5, err_msg=layout)
+    mean = hidden.mean(0) / np.linalg.norm(hidden.mean(0))
+    assert embedded.vector is not None
+    np.testing.assert_allclose(embedded.vector, mean, atol=2e-5, err_msg=layout)
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3_SCALING], ids=str)

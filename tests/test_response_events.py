@@ -93,6 +93,13 @@ def test_however_the_deltas_are_cut_the_response_is_the_same_and_the_events_add_
     assert events[-1]["response"] == response
 
 
+def test_the_rest_of_a_call_comes_before_what_was_said_after_it():
+    begun = MessageDelta(NOTHING, tool_calls=(ToolCallDelta(0, '{"a":', "call_0", "f"),))
+    rest = (ToolCallDelta(0, " 1}"), ToolCallDelta(1, "{}", "call_1", "g"))
+    response, _ = run([begun, MessageDelta(NOTHING, content="and", tool_calls=rest)])
+    assert [item.get("arguments", "text") for item in response["output"]] == ['{"a": 1}', "text", "{}"]
+
+
 def test_the_response_has_openais_types_and_items_in_order():
     response, _ = run(deltas(SAID, [3]), "tool_calls")
     parsed = Response.model_validate(response, strict=False)

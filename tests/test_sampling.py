@@ -1,6 +1,6 @@
 """jaxserve.model.sampling against float64 numpy that sorts, counts and cumulates in the plain way."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import jax
@@ -16,7 +16,7 @@ from jaxserve.model.sampling import SamplingRows, SamplingState, admit, init_sta
 N, V, SLOTS, MAX_STOP, NUM_TOP = 6, 1000, 7, 4, 5
 MAX_TOKENS, MAX_BIAS = 64, 8
 
-step = jax.jit(partial(sample, num_top=NUM_TOP), donate_argnums=2)
+compiled = jax.jit(partial(sample, num_top=NUM_TOP), donate_argnums=2, static_argnames="vocab_axis")
 admitted = jax.jit(admit, donate_argnums=0)
 limits = jax.jit(sampling._limits)
 random_bits = jax.jit(sampling._random_bits)
@@ -35,6 +35,7 @@ class Row:
     bias: bool = False
     suppress_stop: bool = False
     logprobs: bool = False
+    constrained: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -52,6 +53,13 @@ def rows_of(rows: list[Row]) -> SamplingRows:
     return SamplingRows(
         **{f.name: jnp.asarray([getattr(r, f.name) for r in rows], dtypes[type(f.default)]) for f in fields(Row)}
     )
+
+
+def step(logits, rows: SamplingRows, state: SamplingState, masks=None, **axis):
+    """sample(), with masks that allow everything unless they are given."""
+    num_rows, vocab = logits.shape if axis.get("vocab_axis", 1) else logits.shape[::-1]
+    given = np.full((num_rows, -(-vocab // 32)), -1, np.int32) if masks is None else masks
+    return compiled(logits, rows, state, given, **axis)
 
 
 def admit_slot(
@@ -440,4 +448,63 @@ def test_logprobs_are_those_of_the_raw_distribution_likeliest_first():
 
 def test_more_top_logprobs_than_tokens_are_refused():
     with pytest.raises(ValueError, match="num_top is 20; at most the vocabulary's 16"):
-        sample(jnp.zeros((1, 16)), rows_of([Row()]), init_state(0, 16, 1), num_top=20)
+        sample(jnp.zeros((1, 16)), rows_of([Row()]), init_state(0, 16, 1), np.full((1, 1), -1, np.int32), num_top=20)
+
+
+# Masks
+
+
+def packed(allowed: np.ndarray) -> np.ndarray:
+    """allowed [N, V] bool -> masks [N, ceil(V / 32)] int32."""
+    bits = np.zeros((len(allowed), -(-allowed.shape[1] // 32) * 32), bool)
+    bits[:, : allowed.shape[1]] = allowed
+    return np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("vocab", [V, 1024])
+def test_a_constrained_row_samples_what_an_unconstrained_one_does_of_the_tokens_its_mask_allows(vocab, axis):
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(N, vocab)).astype(np.float32) * 3
+    drawn = random_rows(rng, 2)
+    rows = [Row(constrained=True), Row(), *(replace(row, constrained=True) for row in drawn), Row(sample=True)]
+    rows.append(Row(constrained=True, penalties=True, presence_penalty=1.5, suppress_stop=True, bias=True, slots=1))
+    state = init_state(SLOTS, vocab, MAX_STOP)
+    state = admit_slot(state, 1, range(40), 3, [(5, 9.0), (6, 30.0)], [7, 900], vocab=vocab)
+    for density in (0.5, 0.02):
+        allowed = rng.random((N, vocab)) < density
+        allowed[:, -1] = True
+        allowed[[i for i, row in enumerate(rows) if not row.constrained]] = True
+        allowed[:, 6] &= density > 0.1
+        with_mask = jnp.asarray(logits if axis else logits.T)
+        copy = jax.tree.map(jnp.array, state)
+        _, masked = step(with_mask, rows_of(rows), copy, packed(allowed), vocab_axis=axis)
+        barred = np.where(allowed, logits, -np.inf)
+        free = [replace(row, constrained=False) for row in rows]
+        _, plain = step(jnp.asarray(barred), rows_of(free), jax.tree.map(jnp.array, state))
+        np.testing.assert_array_equal(masked.token_ids, plain.token_ids)
+        assert allowed[np.arange(N), np.asarray(masked.token_ids)].all()
+        assert int(masked.token_ids[0]) == int(np.argmax(barred[0]))
+        assert int(masked.token_ids[1]) == int(np.argmax(logits[1]))
+
+
+def test_log_probabilities_of_a_constrained_row_are_of_the_raw_distribution():
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(N, V)).astype(np.float32)
+    allowed = np.ones((N, V), bool)
+    allowed[0] = False
+    allowed[0, 123] = True
+    rows = [Row(constrained=True, logprobs=True), *[Row(logprobs=True)] * (N - 1)]
+    _, masked = step(jnp.asarray(logits), rows_of(rows), init_state(SLOTS, V, MAX_STOP), packed(allowed))
+    assert masked.token_ids[0] == 123
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    np.testing.assert_allclose(masked.logprobs[0], exact[0, 123], atol=1e-5)
+    np.testing.assert_allclose(masked.top_logprobs[0], np.sort(exact[0])[::-1][:NUM_TOP], atol=1e-5)
+
+
+def test_masks_are_read_only_where_a_row_is_constrained():
+    logits = np.zeros((N, V), np.float32)
+    logits[:, 17] = 1
+    none = np.zeros((N, -(-V // 32)), np.int32)
+    for rows in ([Row()] * N, [Row(emit=False, constrained=True)] * N):
+        assert step(jnp.asarray(logits), rows_of(rows), init_state(SLOTS, V, MAX_STOP), none)[1].token_ids[0] == 17

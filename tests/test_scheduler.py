@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runner import VOCAB, FakeRunner, expected, params
+from fake_runner import VOCAB, FakeRunner, expected, expected_readings, params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.scheduling import plan as words
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
-from jaxserve.types import Request, StepEvents
+from jaxserve.types import Embedded, PromptLogprobs, Request, StepEvents
 
 PAGE = 4
 FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all; make test runs a tenth
@@ -44,6 +45,8 @@ class Server:
     reasons: dict[int, str] = field(default_factory=dict)
     cached: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, list] = field(default_factory=dict)
+    told: dict[int, list] = field(default_factory=dict)  # of the prompt
+    vectors: dict[int, np.ndarray] = field(default_factory=dict)
     plans: list = field(default_factory=list)
     pending: deque = field(default_factory=deque)
 
@@ -58,7 +61,7 @@ class Server:
 
     def add(self, *requests: Request) -> None:
         for request in requests:
-            self.answers[request.id], self.logprobs[request.id] = [], []
+            self.answers[request.id], self.logprobs[request.id], self.told[request.id] = [], [], []
             self.scheduler.add(request, self.now)
 
     def abort(self, *ids: int) -> None:
@@ -76,6 +79,16 @@ class Server:
             if reason:
                 self.reasons[request_id] = reason
 
+    def read_prompts(self, messages: list[PromptLogprobs | Embedded]) -> None:
+        for message in messages:
+            id_ = message.request_id
+            assert id_ not in self.reasons and not self.answers[id_] and id_ not in self.vectors
+            if isinstance(message, Embedded):
+                self.vectors[id_] = np.frombuffer(message.vector, np.float32)
+            else:
+                assert message.first == len(self.told[id_]) and message.logprobs
+                self.told[id_].extend(message.logprobs)
+
     def turn(self) -> words.StepPlan | None:
         """One round of the engine's loop."""
         self.now += 0.01
@@ -86,7 +99,9 @@ class Server:
             self.pending.append((plan, self.runner.launch(plan)))
         assert self.pending or not self.scheduler.has_work, "work, but nothing to do"
         if self.pending and (plan is None or len(self.pending) > self.depth):
-            self.read(self.scheduler.commit(*self.pending.popleft()))
+            done = self.pending.popleft()
+            self.read_prompts(read_messages(*done))
+            self.read(self.scheduler.commit(*done))
         self.check()
         return plan
 
@@ -122,12 +137,30 @@ class Server:
                     assert logprobs.logprob == -token
                     assert logprobs.top_ids == tuple(range(token, token + count))
                     assert logprobs.top_logprobs == tuple(-float(n) for n in range(count))
+            self.verify_prompt(request)
+
+    def verify_prompt(self, request: Request) -> None:
+        scores, vector = expected_readings(request, self.config.pooling)
+        told, count = self.told[request.id], request.params.num_prompt_logprobs
+        complete = bool(self.answers[request.id]) or self.reasons[request.id] != "abort"
+        if request.task == "embed":
+            assert (request.id in self.vectors) == complete
+            if complete:
+                np.testing.assert_allclose(self.vectors[request.id], vector, atol=1e-6)
+        assert len(told) == len(scores) * (count is not None and request.task == "generate") or not complete
+        for item, score in zip(told, scores, strict=False):
+            assert (item is None) == (score is None)
+            if item is not None:
+                assert (item.logprob, item.rank) == (-score, score + 1)
+                assert item.top_ids == tuple(range(score, score + count))
+                assert item.top_logprobs == tuple(-float(n) for n in item.top_ids)
 
 
 def random_params(rng: random.Random, num_prompt: int, max_model_len: int):
     stop = tuple(rng.sample(range(VOCAB), rng.choice((0, 1, 10))))
     return params(
-        max_tokens=rng.randint(1, min(24, max_model_len - num_prompt)),
+        max_tokens=rng.choice((0, 1, 1, 1, 1)) * rng.randint(1, min(24, max_model_len - num_prompt)),
+        num_prompt_logprobs=rng.choice((None, None, 0, 3)),
         seed=rng.getrandbits(64),
         choice=rng.randrange(3),
         temperature=rng.choice((0.0, 0.7, 1.0)),
@@ -150,7 +183,8 @@ def random_requests(rng: random.Random, count: int, config: SchedulerConfig) -> 
         drawn = random_params(rng, len(tokens), config.max_model_len)
         for choice in range(rng.choice((1, 1, 1, 4))):  # n choices of one request arrive together
             own = replace(drawn, choice=choice)
-            requests.append(Request(len(requests), tuple(tokens), own, priority, namespace))
+            task: Any = "embed" if choice == 0 and rng.random() < 0.15 else "generate"
+            requests.append(Request(len(requests), tuple(tokens), own, priority, namespace, task=task))
     return requests
 
 
@@ -164,6 +198,7 @@ def random_config(rng: random.Random, **changed) -> SchedulerConfig:
         "lpm_patience": rng.choice((0.0, 0.05, 10.0)),
         "max_batch_running": rng.choice((None, 1, 2)),
         "max_batch_prefill_tokens": rng.choice((None, 4, 10)),
+        "pooling": rng.choice(("last", "mean")),
     }
     return make_config(**(drawn | changed))
 
@@ -216,10 +251,13 @@ def test_random_workloads_answer_right_and_every_mechanism_really_happens():
         seen["prefill"] += sum(p.bucket.num_decode == 0 for p in server.plans)
         seen["several_chunks"] += sum(len(p.sequences) - p.num_decode_rows > 1 for p in server.plans)
         seen.update(server.reasons.values())
+        seen["vectors"] += len(server.vectors)
+        seen["prompts"] += sum(bool(told) for told in server.told.values())
+        seen["read_again"] += sum(p.readings is not None and p.num_cached_tokens > 0 for p in server.plans)
     print(dict(seen))
     for what in (
         *("preemptions", "cached", "evictions", "mixed", "decode", "prefill", "several_chunks", "take_last"),
-        *("partial_chunks", "admissions", "stop", "length", "abort"),
+        *("partial_chunks", "admissions", "stop", "length", "abort", "readings", "vectors", "prompts", "read_again"),
     ):
         assert seen[what] > 20, f"{what} happened {seen[what]} times: the workloads do not test it"
     assert seen["requests"] > 2000
@@ -234,7 +272,7 @@ def test_hypothesis_workloads_answer_right(seed: int, count: int, depth: int):
 def test_schedule_emits_every_listed_bucket_and_no_other():
     for mixed in (True, False):
         seen = set()
-        for seed in range(12):
+        for seed in range(20):
             rng = random.Random(seed)
             server = Server(make_config(mixed=mixed))
             for request in random_requests(rng, 20, server.config):

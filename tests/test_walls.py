@@ -98,7 +98,8 @@ FRONT_END = (
     "jaxserve.offline",
     "jaxserve.__main__",
 )
-WITHOUT_JAX = ("hub", "files", "gguf", "gguf_tokenizer", "pip_index", "storage")  # modules of checkpoints
+# Modules of checkpoints.
+WITHOUT_JAX = ("hub", "files", "gguf", "gguf_tokenizer", "pip_index", "storage", "wheel_models")
 
 
 @dataclass(frozen=True)

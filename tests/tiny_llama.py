@@ -289,6 +289,14 @@ def numpy_forward(
 
     weights replaces the folder's safetensors (Hugging Face names), say by dequantised ones.
     """
+    hidden, head = numpy_hidden(folder, token_ids, weights)
+    return hidden @ head.T
+
+
+def numpy_hidden(
+    folder: str | os.PathLike[str], token_ids: Sequence[int], weights: Mapping[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """token_ids [T] -> hidden states after the final norm [T, E] and the head [V, E], as numpy_forward."""
     config = json.loads((Path(folder) / "config.json").read_text())
     stored = read_safetensors(folder) if weights is None else weights
     params = {name: np.asarray(values).astype(np.float64) for name, values in stored.items()}
@@ -307,7 +315,7 @@ def numpy_forward(
         x = x + _linear(gate / (1 + np.exp(-gate)) * _linear(hidden, part, "mlp.up_proj"), part, "mlp.down_proj")
     x = _norm(x, params["model.norm.weight"], config)
     head = params["model.embed_tokens.weight"] if config["tie_word_embeddings"] else params["lm_head.weight"]
-    return x @ head.T
+    return x, head
 
 
 def _norm(x: np.ndarray, scale: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:

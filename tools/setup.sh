@@ -76,4 +76,7 @@ started=$(date +%s)
 install_locked
 say "installed with $installer in $(($(date +%s) - started)) s"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --no-index -e .
+started=$(date +%s)
+TRANSFORMERS_VERBOSITY=error "$venv/bin/python" -m tools.bytecode || true
+say "compiled what a start imports in $(($(date +%s) - started)) s"
 say "jaxserve is installed from this checkout; $venv/bin/python -m jaxserve serves"

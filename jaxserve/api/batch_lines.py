@@ -13,6 +13,7 @@ import orjson
 from jaxserve.store import BatchError, RowSpan
 
 MAX_REQUESTS = 50_000  # OpenAI's limit per file
+MAX_INPUTS = 50_000  # OpenAI's limit of texts to embed in all requests of a batch
 MAX_REPORTED_ERRORS = 1000  # the object that carries them is polled
 MAX_CUSTOM_ID = 512  # characters
 PREFIX_LENGTHS = (128, 1024, 8192)  # bytes of a prompt's JSON; shorter ones are not worth a page of cache
@@ -75,7 +76,7 @@ def check_input(
         if span.line % 256 == 0 and interrupted():
             raise Interrupted
         check.add(span, line)
-        if len(check.errors) >= MAX_REPORTED_ERRORS or check.num_lines > MAX_REQUESTS:
+        if len(check.errors) >= MAX_REPORTED_ERRORS or check.num_lines > MAX_REQUESTS or check.num_inputs > MAX_INPUTS:
             break
     if not check.num_lines:
         message = "The input file is empty. Please ensure that the batch contains at least one request."
@@ -83,6 +84,9 @@ def check_input(
     if check.num_lines > MAX_REQUESTS:
         message = f"The input file has more than {MAX_REQUESTS} requests; split it into several batches."
         check.errors.insert(0, BatchError("too_many_tasks", message))
+    if check.num_inputs > MAX_INPUTS:
+        message = f"The input file has more than {MAX_INPUTS} inputs to embed; split it into several batches."
+        check.errors.insert(0, BatchError("too_many_inputs", message))
     return Checked(check.in_order(), check.model, tuple(check.errors))
 
 
@@ -113,6 +117,7 @@ class _Check:
     def __init__(self, endpoint: str, serves: Callable[[str], bool]) -> None:
         self.endpoint, self.serves = endpoint, serves
         self.num_lines = 0
+        self.num_inputs = 0  # to embed
         self.model: str | None = None
         self.errors: list[BatchError] = []
         self.custom_ids: set[int] = set()  # hashes: 64 bits, so that two of 50,000 differ but collide is 1 in 10^10
@@ -137,7 +142,10 @@ class _Check:
         if problem is not None:
             code, message, param = problem
             self.errors.append(BatchError(code, message, param, span.line))
-        elif not self.errors:
+            return
+        if self.endpoint == "/v1/embeddings":
+            self.num_inputs += _num_inputs(value["body"]["input"])
+        if not self.errors:
             self.rows.append((self._place(span.line, value["body"]), span))
 
     def in_order(self) -> tuple[RowSpan, ...]:
@@ -190,6 +198,11 @@ class _Check:
             message = f"{kind.title}: Streaming is not supported in the Batch API."
             return "streaming_unsupported", message, "body.stream"
         return None
+
+
+def _num_inputs(given: Any) -> int:
+    """1 for a text or a row of token ids, else how many there are of them."""
+    return 1 if not isinstance(given, list) or (given and isinstance(given[0], int)) else len(given)
 
 
 def answered(custom_id: str, status: int, body: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from jaxserve.api import chat, completions, responses
+from jaxserve.api import chat, completions, embeddings, responses
 from jaxserve.api.batch_lines import Interrupted, answered, check_input, not_executed
 from jaxserve.api.errors import as_api_error, internal_error
 from jaxserve.api.http import MEBIBYTE
@@ -39,6 +39,7 @@ Answer = Callable[[Serving, dict[str, Any], int], Awaitable[dict[str, Any]]]
 ANSWERS: dict[str, Answer] = {
     "/v1/chat/completions": chat.ROUTE.answer,
     "/v1/completions": completions.ROUTE.answer,
+    "/v1/embeddings": embeddings.ROUTE.answer,
     "/v1/responses": responses.ROUTE.answer,
 }
 

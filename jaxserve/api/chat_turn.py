@@ -7,6 +7,7 @@ async for index, delta in turn.messages: ...    # text, reasoning and tool calls
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from jaxserve.api.constraints import request_grammar
 from jaxserve.api.errors import invalid_request
 from jaxserve.api.generation import (
     Deltas,
@@ -43,12 +44,15 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     """Raises APIError, ParameterError. priority: 0 interactive, 1 batch."""
     serving.require_ready()
     serving.check_model(request.model)
+    serving.require_generating()
     num_logprobs = _num_logprobs(request)
     prompt = await encode(serving, render(serving, request), "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     wanted = sampling_request(request, max_tokens, num_logprobs)
     params = resolve(serving, wanted, len(prompt), request.num_choices)
-    options = generate_options(request, after_text=bool(request.continue_final_message), priority=priority)
+    grammar = await request_grammar(serving, request)
+    after_text = bool(request.continue_final_message)
+    options = generate_options(request, after_text=after_text, priority=priority, grammar=grammar)
     deltas = deltas_of(serving, [prompt], [params], options)
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from jaxserve.api.constraints import request_grammar
 from jaxserve.api.errors import invalid_request, unsupported
 from jaxserve.api.generation import (
     MAX_SEQUENCES,
@@ -68,8 +69,10 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     serving.require_ready()
     request = parse_request(CompletionRequest, body, serving.fields)
     serving.check_model(request.model)
+    serving.require_generating()
     _check(request)
     prompts = await _encode_prompts(serving, request)
+    grammar = await request_grammar(serving, request)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     wanted = sampling_request(request, max_tokens, request.logprobs)
     params = [resolve(serving, wanted, len(prompt), request.num_choices) for prompt in prompts]
@@ -77,7 +80,8 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     echoes = _echoes(serving, request, prompts)
     usage = Usage(num_prompt, serving.config.enable_cache_report)
     reply = new_reply(request, "cmpl", "text_completion")
-    deltas = deltas_of(serving, prompts, params, generate_options(request, after_text=True, priority=priority))
+    options = generate_options(request, after_text=True, priority=priority, grammar=grammar)
+    deltas = deltas_of(serving, prompts, params, options)
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     log_request(serving, reply, request, params[0], num_prompt)

@@ -7,6 +7,8 @@ APIError
 """
 
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -24,8 +26,15 @@ log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody reads it but the access log
 RETRY_AFTER_SECONDS = 1
+ANTHROPIC_PATH = "/v1/messages"
+OVERLOADED = 529  # Anthropic's status for a server that takes no more for now; its clients wait and try again
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_PLACE = re.compile(r"\.\[(\d+)\]")
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
@@ -52,8 +61,12 @@ class APIError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error, **self.extra}
 
-    def response(self) -> Response:
-        return Response(orjson.dumps(self.body()), self.status, self.headers, "application/json")
+    def response(self, path: str = "") -> Response:
+        """In the shape that clients of that path know: OpenAI's, or Anthropic's below /v1/messages."""
+        if path != ANTHROPIC_PATH and not path.startswith(ANTHROPIC_PATH + "/"):
+            return Response(orjson.dumps(self.body()), self.status, self.headers, "application/json")
+        status = OVERLOADED if self.code == "server_overloaded" else self.status
+        return Response(orjson.dumps(anthropic_error(self)), status, self.headers, "application/json")
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
@@ -78,6 +91,36 @@ def internal_error(headers: dict[str, str] | None = None) -> APIError:
     return APIError(500, message, code="internal_error", headers=headers)
 
 
+def anthropic_error(error: APIError) -> dict[str, Any]:
+    """Anthropic's error object (Anthropic API reference, "Errors"); what stands beside ours stands beside it too."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, **error.extra}
+
+
+def renamed(
+    error: APIError | ParameterError,
+    names: Sequence[tuple[str, str]],
+    inside: Sequence[tuple[str, str, str]],
+    place: str,
+) -> APIError:
+    """The same error for a route that calls fields otherwise.
+
+    names: (theirs, ours), the first that param is or begins with counts. inside: (beginning of param, theirs, ours) for
+    what follows such a beginning. place: how the route writes chat's ".[1]", as a replacement of re.sub.
+    """
+    known = error if isinstance(error, APIError) else invalid_request(error.message, error.param, error.code)
+    message, param = known.message, known.param
+    for theirs, ours in names:
+        if param is not None and (param == theirs or param.startswith(theirs + ".")):
+            message, param = message.replace(theirs, ours), ours + param[len(theirs) :]
+            break
+    for beginning, theirs, ours in inside:
+        if param is not None and param.startswith(beginning):
+            message, param = message.replace(theirs, ours), param.replace(theirs, ours)
+    message, param = _PLACE.sub(place, message), param and _PLACE.sub(place, param)
+    return APIError(known.status, message, param=param, code=known.code, headers=known.headers, extra=known.extra)
+
+
 def as_api_error(error: Exception) -> APIError | None:
     """What the rooms below raise, in HTTP's words; None for what nobody expected."""
     if isinstance(error, APIError):
@@ -100,7 +143,7 @@ def as_api_error(error: Exception) -> APIError | None:
 async def _on_known_error(request: Request, error: Exception) -> Response:
     known = as_api_error(error)
     assert known is not None
-    return known.response()
+    return known.response(request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -113,14 +156,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "another method")
         message = f"{request.method} is not allowed on {request.url.path}; use {allowed}."
     code = _CODES.get(error.status_code)
-    return APIError(error.status_code, message, code=code, headers=dict(error.headers or {})).response()
+    refusal = APIError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+    return refusal.response(request.url.path)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return invalid_request(f"{where}: {first['msg']}", param=where or None).response()
+    return invalid_request(f"{where}: {first['msg']}", param=where or None).response(request.url.path)
 
 
 async def _on_client_disconnect(request: Request, error: Exception) -> Response:
@@ -130,7 +174,7 @@ async def _on_client_disconnect(request: Request, error: Exception) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """500 without details; the traceback is logged by uvicorn, since Starlette raises the error again after this."""
     headers = {"x-request-id": request.scope.get("jaxserve.request_id", "")}  # this handler stands outside the Door
-    return internal_error(headers).response()
+    return internal_error(headers).response(request.url.path)
 
 
 def install(app: FastAPI) -> None:

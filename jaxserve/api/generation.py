@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxserve.api import running
 from jaxserve.api.errors import as_api_error, internal_error, invalid_request, unavailable
 from jaxserve.api.http import DONE, event
+from jaxserve.api.running import Caller
 from jaxserve.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from jaxserve.api.serving import Serving
 from jaxserve.text.generate import Delta, GenerateOptions, generate
@@ -39,6 +41,7 @@ class Reply:
 def new_reply(request: GenerationRequest, prefix: str, kind: str) -> Reply:
     """The client's rid as the id, or a new one."""
     reply_id = request.rid or request.request_id or f"{prefix}-{secrets.token_hex(16)}"
+    running.also_known_as(reply_id)
     return Reply(reply_id, kind, int(time.time()), request.model)
 
 
@@ -87,7 +90,9 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
     )
 
 
-def generate_options(request: GenerationRequest, *, after_text: bool, priority: int = 0) -> GenerateOptions:
+def generate_options(
+    request: GenerationRequest, *, after_text: bool, priority: int = 0, grammar: str | None = None
+) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
     priority: 0 interactive, 1 batch.
@@ -99,12 +104,14 @@ def generate_options(request: GenerationRequest, *, after_text: bool, priority: 
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
         priority=priority,
+        grammar=grammar,
     )
 
 
 def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int) -> list[SamplingParams]:
     """One SamplingParams per choice. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
+    serving.require_generating()
     params = resolve_sampling(
         wanted,
         tokenizer=tokenizer,
@@ -130,23 +137,34 @@ def deltas_of(
     serving: Serving,
     prompts: Sequence[Sequence[int]],
     params: Sequence[Sequence[SamplingParams]],
-    options: GenerateOptions,
+    options: GenerateOptions | Sequence[GenerateOptions],
+    *,
+    partial: bool = False,
 ) -> Deltas:
-    """prompts [P], params [P][N] -> (prompt * N + choice, delta) in arrival order; exactly one finish per index."""
+    """prompts [P], params [P][N] -> (prompt * N + choice, delta) in arrival order; exactly one finish per index.
+
+    options: for all prompts, or one of each. partial: what /abort_request ends has "abort" as its finish reason
+    instead of being an error.
+    """
     tokenizer, _ = serving.require_ready()
     num_choices = len(params[0])
     limit = serving.client.max_open_requests
-    if options.priority <= 0 and limit is not None and len(prompts) * num_choices > limit:
+    caller = running.current()
+    each = [options] * len(prompts) if isinstance(options, GenerateOptions) else options
+    interactive = each[0].priority <= 0
+    if interactive and limit is not None and len(prompts) * num_choices > limit:
         message = f"{len(prompts)} prompts with n = {num_choices} are more than this server takes at once ({limit})."
         raise invalid_request(message, "n")
     sources = [
-        _indexed(generate(serving.client, tokenizer, prompt, choices, options), index * num_choices)
-        for index, (prompt, choices) in enumerate(zip(prompts, params, strict=True))
+        _indexed(
+            generate(serving.client, tokenizer, prompt, choices, replace(option, owner=caller)), index * num_choices
+        )
+        for index, (prompt, choices, option) in enumerate(zip(prompts, params, each, strict=True))
     ]
     merged = sources[0] if len(sources) == 1 else _merge(sources)
     # What a client waits for is measured; a batch waits on purpose, and would hide it.
-    refused = _refuse_aborts(merged)
-    return refused if options.priority > 0 else serving.metrics.measure(refused)
+    refused = _refuse_aborts(merged, caller, partial)
+    return serving.metrics.measure(refused) if interactive else refused
 
 
 async def _indexed(source: Deltas, first: int) -> Deltas:
@@ -157,11 +175,14 @@ async def _indexed(source: Deltas, first: int) -> Deltas:
         await source.aclose()
 
 
-async def _refuse_aborts(source: Deltas) -> Deltas:
+async def _refuse_aborts(source: Deltas, caller: Caller | None, partial: bool) -> Deltas:
     """An end that neither the client nor the model asked for is an error, not a reply."""
     try:
         async for index, delta in source:
-            if delta.finish_reason == "abort":
+            ended = caller is not None and caller.ended
+            if delta.finish_reason == "abort" and not (ended and partial):
+                if ended:
+                    raise invalid_request("The request was ended by /abort_request.", code="request_aborted")
                 raise unavailable("The engine gave this request up; send it again.", "request_aborted")
             yield index, delta
     finally:

@@ -22,10 +22,11 @@ def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequ
 
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     token_bytes = tokenizer.token_bytes(token_id)
-    return {"token": tokenizer.token_text(token_id), "bytes": list(token_bytes), "logprob": _finite(logprob)}
+    return {"token": tokenizer.token_text(token_id), "bytes": list(token_bytes), "logprob": finite(logprob)}
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """JSON knows neither infinity nor NaN."""
     return max(MIN_LOGPROB, logprob)  # NaN compares false
 
 
@@ -54,10 +55,10 @@ class CompletionLogprobs:
             key = _token_key(self.tokenizer, token_id)
             top = {}
             for other, value in zip(item.top_ids, item.top_logprobs, strict=True):
-                top.setdefault(_token_key(self.tokenizer, other), _finite(value))
-            top.setdefault(key, _finite(item.logprob))
+                top.setdefault(_token_key(self.tokenizer, other), finite(value))
+            top.setdefault(key, finite(item.logprob))
             added["tokens"].append(key)
-            added["token_logprobs"].append(_finite(item.logprob))
+            added["token_logprobs"].append(finite(item.logprob))
             added["top_logprobs"].append(top)
             added["text_offset"].append(offset)
         for name, column in added.items():

@@ -4,8 +4,8 @@ Names are SGLang's with the prefix jaxserve:, plus vLLM's for the queue, the cac
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -88,6 +88,22 @@ class Metrics:
     def count_batch_result(self, state: str) -> None:
         """state: completed, failed or unexecuted."""
         self.batch_results.labels(**self.labels, state=state).inc()
+
+    @contextmanager
+    def measure_vectors(self, count: int) -> Generator[None]:
+        """Around a request for so many vectors."""
+        started, complete = self.clock(), False
+        self.requests.inc()
+        self.open.inc()
+        try:
+            yield
+            complete = True
+            self.e2e.observe(self.clock() - started)
+            self.success.labels(**self.labels, finished_reason="stop").inc(count)
+        finally:
+            self.open.dec()
+            if not complete:
+                self.aborted.inc()
 
     async def measure(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Passes the deltas of one request on and takes its times."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from jaxserve.api.chat_turn import render
 from jaxserve.api.completions import check_ids
@@ -19,11 +19,15 @@ from jaxserve.api.http import json_response, read_json, unless_disconnected
 from jaxserve.api.metrics import CONTENT_TYPE
 from jaxserve.api.schema import ChatRequest, TokenId, parse_request
 from jaxserve.api.serving import Serving, model_not_found
+from jaxserve.text.embed import embed
 from jaxserve.text.generate import GenerateOptions, generate
 from jaxserve.text.params import SamplingRequest
 from jaxserve.version import __version__
 
 PROBE_TIMEOUT = 20.0  # seconds that /health_generate waits for one token
+
+
+SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 
 
 async def health(serving: Serving, http: Request) -> Response:
@@ -32,21 +36,29 @@ async def health(serving: Serving, http: Request) -> Response:
     return json_response({"status": "ok"}) if stage is None else json_response(stage, 503)
 
 
+async def ping(serving: Serving, http: Request) -> Response:
+    """/health for load balancers that read only the status (vLLM's and SageMaker's name)."""
+    return Response(status_code=200 if serving.stage() is None else 503)
+
+
 async def health_generate(serving: Serving, http: Request) -> Response:
-    """200 when the engine samples a token within PROBE_TIMEOUT, else 503."""
+    """200 when the engine samples a token (or makes a vector) within PROBE_TIMEOUT, else 503."""
     tokenizer, _ = serving.require_ready()
-    wanted = SamplingRequest(max_tokens=1, temperature=0.0, ignore_eos=True)
-    params = resolve(serving, wanted, num_prompt=1, num_choices=1)
 
     async def probe() -> None:
         async with asyncio.timeout(PROBE_TIMEOUT):
+            if not serving.generates:
+                await embed(serving.client, [0])
+                return
+            wanted = SamplingRequest(max_tokens=1, temperature=0.0, ignore_eos=True)
+            params = resolve(serving, wanted, num_prompt=1, num_choices=1)
             async for _ in generate(serving.client, tokenizer, [0], params, GenerateOptions()):
                 pass
 
     try:
         await unless_disconnected(http, probe())
     except TimeoutError:
-        message = f"The engine sampled no token within {PROBE_TIMEOUT:g} seconds."
+        message = f"The engine gave no answer within {PROBE_TIMEOUT:g} seconds."
         raise unavailable(message, "engine_stalled") from None
     return json_response({"status": "ok"})
 
@@ -84,7 +96,7 @@ async def get_model_info(serving: Serving, http: Request) -> Response:
         {
             "model_path": config.model_path,
             "tokenizer_path": config.tokenizer_path or config.model_path,
-            "is_generation": True,
+            "is_generation": serving.generates,
             "served_model_names": config.served_model_names,
             "max_model_len": ready.max_model_len,
         }
@@ -92,9 +104,9 @@ async def get_model_info(serving: Serving, http: Request) -> Response:
 
 
 async def get_server_info(serving: Serving, http: Request) -> Response:
-    """Flags (without the key), what the engine chose, and its latest counts."""
+    """Flags (without secrets), what the engine chose, and its latest counts."""
     _, ready = serving.require_ready()
-    flags = {name: value for name, value in asdict(serving.config).items() if name != "api_key"}
+    flags = {name: value for name, value in asdict(serving.config).items() if name not in SECRETS}
     stats = None if serving.client.stats is None else asdict(serving.client.stats)
     return json_response({"version": __version__, "server": flags, "engine": asdict(ready), "stats": stats})
 
@@ -105,13 +117,6 @@ async def version(serving: Serving, http: Request) -> Response:
 
 async def metrics(serving: Serving, http: Request) -> Response:
     return Response(serving.metrics.render(), headers={"content-type": CONTENT_TYPE})
-
-
-async def flush_cache(serving: Serving, http: Request) -> Response:
-    """Drops every cached prefix that no running request holds."""
-    serving.require_ready()
-    serving.client.flush_cache()
-    return PlainTextResponse("Cache flushed.\n")
 
 
 class TokenizeRequest(BaseModel):

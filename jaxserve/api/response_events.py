@@ -92,12 +92,18 @@ class ResponseBuilder:
         events: list[Event] = []
         if self._entries is not None:
             self._waiting += self._entries(delta)
+        # What is left of a call that is open was said before anything else of this delta.
+        open_call = self._num_calls - 1 if self._item is not None and self._item.kind == "function_call" else None
+        for part in delta.tool_calls:
+            if part.index == open_call:
+                events += self._call(part)
         if delta.reasoning:
             events += self._text("reasoning", delta.reasoning)
         if delta.content:
             events += self._text("message", delta.content)
         for part in delta.tool_calls:
-            events += self._call(part)
+            if part.index != open_call:
+                events += self._call(part)
         if delta.reasoning or delta.tool_calls:
             self._waiting.clear()  # they belong to what is no message
         return events

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jaxserve.api.errors import APIError, invalid_request, unsupported
+from jaxserve.api.errors import APIError, invalid_request, renamed, unsupported
 from jaxserve.api.metadata import check_metadata
 from jaxserve.api.response_items import Item, as_messages
 from jaxserve.api.schema import ChatRequest, FieldLog, Refused, as_invalid_request, is_neutral, parse_request
@@ -197,17 +197,6 @@ _NAMES = (
 )
 
 
-def in_our_words(error: APIError | ParameterError) -> APIError | ParameterError:
+def in_our_words(error: APIError | ParameterError) -> APIError:
     """The same error with the names that fields have on this route."""
-    message, param = error.message, error.param
-    for theirs, ours in _NAMES:
-        if param is not None and (param == theirs or param.startswith(theirs + ".")):
-            param = ours + param[len(theirs) :]
-            message = message.replace(theirs, ours)
-            break
-    if param is not None and param.startswith("tools."):
-        param = param.replace(".function.", ".")
-        message = message.replace(".function.", ".")
-    if isinstance(error, ParameterError):
-        return ParameterError(message, param, error.code)
-    return APIError(error.status, message, param=param, code=error.code, headers=error.headers, extra=error.extra)
+    return renamed(error, _NAMES, (("tools.", ".function.", "."),), r"[\1]")

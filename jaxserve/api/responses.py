@@ -13,6 +13,7 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
+from jaxserve.api import running
 from jaxserve.api.chat_turn import ChatTurn, begin_turn
 from jaxserve.api.errors import APIError, as_api_error, internal_error, invalid_request, not_found
 from jaxserve.api.generation import Reply, Usage, log_request
@@ -82,6 +83,7 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     entries = _entries(serving) if request.wants_logprobs else None
     options = request.stream_options
     builder = ResponseBuilder(response, entries, obfuscate=bool(options and options.include_obfuscation))
+    running.also_known_as(reply.id)
     log_request(serving, reply, turn.request, turn.params, turn.num_prompt)
     return Job(request, turn, items, own_ids, builder)
 
@@ -148,8 +150,7 @@ async def _begin_fitting(
 ) -> tuple[list[Item], ChatTurn]:
     """-> (the items that the model is given, the turn over them).
 
-    truncation "auto" drops as few of the oldest items as make the rest fit. Raises APIError,
-    ParameterError.
+    truncation "auto" drops as few of the oldest items as make the rest fit. Raises APIError.
     """
 
     async def begin(kept: list[Item]) -> ChatTurn:
@@ -160,7 +161,7 @@ async def _begin_fitting(
 
     try:
         return items, await begin(items)
-    except (APIError, ParameterError) as error:
+    except APIError as error:
         if request.truncation != "auto" or error.code != "context_length_exceeded":
             raise
         refused = error
@@ -171,7 +172,7 @@ async def _begin_fitting(
         kept = items[cuts[middle] :]
         try:
             turn = await begin(kept)
-        except (APIError, ParameterError) as error:
+        except APIError as error:
             if error.code != "context_length_exceeded":
                 raise
             low = middle + 1

@@ -28,14 +28,14 @@ class Route(Generic[J]):
     """
 
     begin: Callable[[Serving, dict[str, Any], int], Awaitable[J]]
-    whole: Callable[[Serving, J], Awaitable[dict[str, Any]]]
-    events: Callable[[Serving, J], AsyncGenerator[bytes, None]]
+    whole: Callable[[Serving, J], Awaitable[Any]]
+    events: Callable[[Serving, J], AsyncGenerator[bytes, None]] | None = None  # None: no request of it streams
 
     async def respond(self, serving: Serving, http: Request) -> Response:
         """Every error is raised before the first byte of the reply."""
         body = await read_json(http, serving.config.max_body_size)
         job = await self.begin(serving, body, 0)
-        if job.stream:
+        if job.stream and self.events is not None:
             return await begin_stream(http, self.events(serving, job))
         return json_response(await unless_disconnected(http, self.whole(serving, job)))
 

@@ -9,6 +9,7 @@ Ranges are checked where the words become SamplingParams (text.params), so that 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -54,6 +55,17 @@ class GenerationRequest(BaseModel):
     stop_token_ids: list[TokenId] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    # The form of the answer, one of them at most; text.grammar knows their types, which peers define differently.
+    response_format: Any = None
+    json_schema: Any = None  # SGLang, as regex and ebnf
+    regex: Any = None
+    ebnf: Any = None
+    grammar: Any = None  # llama.cpp: GBNF, or Lark
+    structured_outputs: Any = None  # vLLM, as the guided_ ones, its older names
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
@@ -118,27 +130,16 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
-_GRAMMAR = Refused("structured output is not supported yet; ask for the format in the prompt and leave the field out")
 _TOOLS = Refused("tool calling is not supported yet", ([], "none"))
 _CACHE = Refused("separate prefix caches are not supported")
 _SAMPLER = "this sampler is not supported; temperature, top_k, top_p and min_p are"
 
 REFUSED: dict[str, Refused] = {
-    "response_format": Refused(_GRAMMAR.why, ({"type": "text"},)),
     "tools": _TOOLS,
     "tool_choice": _TOOLS,
     "functions": _TOOLS,
     "function_call": _TOOLS,
-    "regex": _GRAMMAR,
-    "ebnf": _GRAMMAR,
-    "grammar": Refused(_GRAMMAR.why, ("",)),
-    "json_schema": _GRAMMAR,
-    "structured_outputs": _GRAMMAR,
-    "guided_json": _GRAMMAR,
-    "guided_regex": _GRAMMAR,
-    "guided_choice": _GRAMMAR,
-    "guided_grammar": _GRAMMAR,
-    "structural_tag": _GRAMMAR,
+    "structural_tag": Refused("text that changes between free and constrained is not supported; a grammar can say it"),
     "modalities": Refused("only text is generated here", ([], ["text"])),
     "audio": Refused("only text is generated here"),
     "web_search_options": Refused("this server does not search the web"),
@@ -216,6 +217,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 }
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
+M = TypeVar("M", bound=BaseModel)
 
 
 class FieldLog:
@@ -234,6 +236,14 @@ class FieldLog:
 def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
     """body -> a request with right types. Raises APIError 400 naming the field at fault."""
     refused = REFUSED | (REFUSED_IN_CHAT if kind is ChatRequest else REFUSED_IN_COMPLETIONS)
+    request = parse_fields(kind, body, refused, fields)
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
+    return request
+
+
+def parse_fields(kind: type[M], body: dict[str, Any], refused: Mapping[str, Refused], fields: FieldLog) -> M:
+    """The same for any route, by its own table of refused fields."""
     for name, value in body.items():
         if name in kind.model_fields:
             continue
@@ -243,12 +253,9 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
         elif value is not None and not is_neutral(value, rule.neutral):
             raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
     try:
-        request = kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise as_invalid_request(error, kind) from None
-    if request.stream_options is not None and not request.stream:
-        raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
-    return request
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -263,9 +270,9 @@ def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Excepti
     if first["type"] == "missing":
         return invalid_request(f"You must provide the field {name!r}.", name, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
-    if name in ("prompt", "stop") and not first["type"].startswith("value_error"):
+    if name in ("prompt", "input", "stop") and not first["type"].startswith("value_error"):
         allowed = "a string or an array of strings"
-        message = allowed + (", or token ids as [int] or [[int]]" if name == "prompt" else "") + " is expected"
+        message = allowed + ("" if name == "stop" else ", or token ids as [int] or [[int]]") + " is expected"
         return invalid_request(f"Invalid type for {name!r}: {message}.", name, "invalid_type")
     where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
@@ -275,5 +282,7 @@ def as_invalid_request(error: ValidationError, kind: type[BaseModel]) -> Excepti
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic names the branch of a union in the path, as in 'str' or 'list[str]'."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    """pydantic names the branch of a union in the path, as in 'list[str]', 'constrained-str' or a model's name."""
+    if isinstance(part, int):
+        return False
+    return "[" in part or "-" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")

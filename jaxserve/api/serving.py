@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.api.errors import APIError, not_found, unavailable
+from jaxserve.api.errors import APIError, invalid_request, not_found, unavailable
 from jaxserve.api.metrics import Metrics
 from jaxserve.api.schema import FieldLog
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
 from jaxserve.store import Store
+from jaxserve.text.grammar import GrammarChecker
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
 
@@ -35,10 +36,12 @@ class Serving:
     failure: str | None = None  # of the start, before there was an engine
     stopping: bool = False
     store: Store | None = None  # of files and batches
+    matryoshka: tuple[int, ...] | None = None  # sizes a vector may be cut to; (): any; None: the model declares none
     store_missing: str = "this server was started without a place for them"
     batch_worker: "BatchWorker | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
     fields: FieldLog = field(default_factory=FieldLog)
+    _checker: GrammarChecker | None = None
     clock: Callable[[], float] = time.time
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
 
@@ -66,6 +69,27 @@ class Serving:
             raise unavailable(message, f"server_{stage['status']}", stage)
         assert self.tokenizer is not None and self.client.ready is not None
         return self.tokenizer, self.client.ready
+
+    @property
+    def grammar_checker(self) -> GrammarChecker:
+        """It remembers the grammars it found sound. Raises APIError 503 as require_ready."""
+        tokenizer, _ = self.require_ready()
+        if self._checker is None:
+            self._checker = GrammarChecker(tokenizer)
+        return self._checker
+
+    @property
+    def generates(self) -> bool:
+        """False where only embeddings are served. Ready or not: until then, what the flags say."""
+        ready = self.client.ready
+        return not self.config.embedding_only and (ready is None or ready.generates)
+
+    def require_generating(self) -> None:
+        """Raises APIError 400 where only embeddings are served."""
+        if not self.generates:
+            why = "it was started with --is-embedding" if self.config.embedding_only else "its model is an encoder"
+            message = f"This server generates no text, since {why}; POST /v1/embeddings is what it serves."
+            raise invalid_request(message, "model", "model_not_generative")
 
     def require_store(self) -> Store:
         """Raises APIError 503 when this server keeps nothing."""

@@ -45,7 +45,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
     counter = CompileCounter()
     programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
     enable_persistent_cache(os.path.join(programs, "xla"))
-    devices = _devices(config)
+    devices = devices_of(config)
     platform = devices[0].platform
     model = read_model_config(config)
     sizes = resolve(model, config, DeviceFacts(platform, len(devices), _memory(devices[0])))
@@ -59,18 +59,19 @@ def build(config: EngineConfig, report: Report) -> Engine:
         attention=_attention(config, platform, mesh, sizes.scheduler.page_size),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
+        chunk_size=sizes.scheduler.chunk_size,
     )
     runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, description, report)
         abstract = jax.tree.map(Parameter.abstract, description)
-        runner.compile(abstract, _compile_progress(report), folder=programs)
+        runner.compile(abstract, compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))
 
 
-def _devices(config: EngineConfig) -> list[jax.Device]:
+def devices_of(config: EngineConfig) -> list[jax.Device]:
     """The devices to serve on: one, until meshes of several are served."""
     try:
         found = jax.devices() if config.device == "auto" else jax.devices(config.device)
@@ -107,7 +108,7 @@ def _memory(device: jax.Device) -> int | None:
     return int(limit / preallocated)
 
 
-def _compile_progress(report: Report) -> Callable[[int, int], None]:
+def compile_progress(report: Report) -> Callable[[int, int], None]:
     started, lock = time.monotonic(), threading.Lock()
 
     def progress(done: int, total: int) -> None:

@@ -5,10 +5,10 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from typing import Any
 
@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
 from jaxserve.model import sampling
 from jaxserve.model.sharding import Params
-from jaxserve.scheduling.plan import Bucket, packed_size
+from jaxserve.scheduling.plan import Bucket, num_words, packed_size
 from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -86,16 +87,21 @@ class Target:
 
 
 class WholeStep:
-    """A step as one compiled program."""
+    """A step as one compiled program: it cannot begin before it has its masks."""
 
     def __init__(self, program: Any):
         self._program = program
 
-    def __call__(
+    def begin(
         self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
-    ) -> tuple[DeviceState, StepOutput]:
+    ) -> tuple[DeviceState, jax.Array]:
         del warm_up  # one run of the one program
-        return self._program(params, state, vector)
+        return state, vector
+
+    def finish(
+        self, params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        return self._program(params, state, vector, masks)
 
 
 @dataclass(frozen=True)
@@ -103,28 +109,36 @@ class StagedStep:
     """A step as a chain of compiled programs, one of which runs several times, on n layers each.
 
     XLA's CPU compiler takes 0.4 s a layer on two cores and shares nothing between equal layers; a call costs 0.1 ms.
+    All but the last program runs before the masks are known.
     """
 
-    begin: Any
+    first: Any  # step.begin
     layers: Any
     pick: Any | None  # None: every token is a row's last one
-    finish: Any
+    sample: Any  # step.finish
     firsts: tuple[jax.Array, ...]  # the number of the first layer of each run
 
-    def __call__(
+    def begin(
         self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
-    ) -> tuple[DeviceState, StepOutput]:
+    ) -> tuple[DeviceState, Any]:
         """warm_up: every program once, on the first layers only; the tokens mean nothing."""
-        hidden, shared = self.begin(params.embed, state.last_token, vector)
+        hidden, shared = self.first(params.embed, state.last_token, vector)
         cache, size = state.cache, len(params.layers) // len(self.firsts)
         for run, first in enumerate(self.firsts[:1] if warm_up else self.firsts):
             hidden, cache = self.layers(params.layers[run * size : (run + 1) * size], hidden, cache, first, shared)
+        prefilled = None
         if self.pick is not None:
-            hidden = self.pick(hidden, shared)
-        last_token, sampling, output = self.finish(
-            params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows
+            hidden, prefilled = self.pick(hidden, shared)
+        return replace(state, cache=cache), (hidden, shared.rows, prefilled)
+
+    def finish(
+        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        hidden, rows, prefilled = begun
+        last_token, sampling, output = self.sample(
+            params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks
         )
-        return DeviceState(cache, last_token, sampling), output
+        return DeviceState(state.cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,8 @@ class Programs:
 
     steps: dict[Bucket, WholeStep | StagedStep]
     admit: Any
+    score: Any  # engine.readout
+    pool: Any
     count: int
 
 
@@ -152,16 +168,58 @@ def compile_programs(
     """
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
+    num_spans = max((bucket.num_chunks for bucket in buckets), default=0)
+    for name, lower in readout.lower(target.params, target.shape, target.replicated, num_spans).items():
+        builder.add(name, lower)
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
-    with _precision(target.params):
-        done = builder.compile(progress, _open_store(folder, target, buckets))
-    return Programs({bucket: builder.assemble(bucket, done) for bucket in buckets}, done["admit"], len(done))
+    with precision(target.params):
+        done = compile_all(builder.lowerings, progress, _open_store(folder, target, buckets))
+    return Programs(
+        steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
+        admit=done["admit"],
+        score=done["score"],
+        pool=done["pool"],
+        count=len(done),
+    )
+
+
+def compile_all(
+    lowerings: Mapping[Any, Callable[[], Any]], progress: Callable[[int, int], None], store: ExecutableStore | None
+) -> dict[Any, Any]:
+    """Key -> how to lower it; gives key -> compiled program; progress(done, total) is called from the pool's threads.
+
+    Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
+    """
+    counter = itertools.count(1)  # next() is atomic
+    total = len(lowerings)
+    with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
+
+        def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+            def work() -> Any:
+                result = function(*arguments)
+                if result is not None:
+                    progress(next(counter), total)
+                return result
+
+            return pool.submit(work)
+
+        if store is None:
+            futures = {key: submit(lower().compile) for key, lower in lowerings.items()}
+            return {key: future.result() for key, future in futures.items()}
+        futures = {key: submit(store.load, repr(key)) for key in lowerings}
+        done = {key: future.result() for key, future in futures.items()}
+        missing = [key for key, program in done.items() if program is None]
+        with _not_cached_twice() if missing else nullcontext():
+            futures = {key: submit(store.compile, repr(key), lowerings[key]()) for key in missing}
+            made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
+    store.save({repr(key): entry for key, (entry, _) in made.items()})
+    return done | {key: program for key, (_, program) in made.items()}
 
 
 class _Builder:
-    """Collects each distinct program once, then lowers and compiles them all."""
+    """Collects how each distinct program is lowered."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -170,36 +228,6 @@ class _Builder:
 
     def add(self, key: Any, lower: Callable[[], Any]) -> None:
         self.lowerings.setdefault(key, lower)
-
-    def compile(self, progress: Callable[[int, int], None], store: ExecutableStore | None) -> dict[Any, Any]:
-        """Key -> compiled program; progress(done, total) is called from the pool's threads.
-
-        Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
-        """
-        counter = itertools.count(1)  # next() is atomic
-        total = len(self.lowerings)
-        with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
-
-            def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-                def work() -> Any:
-                    result = function(*arguments)
-                    if result is not None:
-                        progress(next(counter), total)
-                    return result
-
-                return pool.submit(work)
-
-            if store is None:
-                futures = {key: submit(lower().compile) for key, lower in self.lowerings.items()}
-                return {key: future.result() for key, future in futures.items()}
-            futures = {key: submit(store.load, repr(key)) for key in self.lowerings}
-            done = {key: future.result() for key, future in futures.items()}
-            missing = [key for key, program in done.items() if program is None]
-            with _not_cached_twice() if missing else nullcontext():
-                futures = {key: submit(store.compile, repr(key), self.lowerings[key]()) for key in missing}
-                made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
-        store.save({repr(key): entry for key, (entry, _) in made.items()})
-        return done | {key: program for key, (_, program) in made.items()}
 
     def add_bucket(self, bucket: Bucket) -> None:
         """Nothing is traced here: a program that is found by its key need not be."""
@@ -226,15 +254,17 @@ class _Builder:
         return self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2))
 
     def _lower_pick(self, bucket: Bucket) -> Any:
-        return self._lower(functools.partial(pick, shape=self.target.shape), *self._begun(bucket))
+        return self._lower(functools.partial(pick, shape=self.target.shape, bucket=bucket), *self._begun(bucket))
 
     def _lower_finish(self, bucket: Bucket) -> Any:
         t = self.target
         rows, shared = self._begun(bucket)
         if bucket.num_prefill:
-            rows = self._abstract(jax.eval_shape(functools.partial(pick, shape=t.shape), rows, shared))
+            picked = functools.partial(pick, shape=t.shape, bucket=bucket)
+            rows, _ = self._abstract(jax.eval_shape(picked, rows, shared))
         finish = functools.partial(finish_step, shape=t.shape)
-        arguments = (t.params.embed, t.params.head, rows, t.state.last_token, t.state.sampling, shared.rows)
+        state = (t.state.last_token, t.state.sampling)
+        arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
         return self._lower(finish, *arguments, donate=(3, 4))
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
@@ -252,10 +282,10 @@ class _Builder:
             return WholeStep(done["step", bucket])
         firsts = range(0, len(self.target.params.layers), size)
         return StagedStep(
-            begin=done["begin", bucket],
+            first=done["begin", bucket],
             layers=done["layers", bucket],
             pick=done.get(("pick", bucket)),
-            finish=done["finish", bucket.num_rows],
+            sample=done["finish", bucket.num_rows],
             firsts=tuple(jax.device_put(np.int32(first), self.target.replicated) for first in firsts),
         )
 
@@ -263,12 +293,16 @@ class _Builder:
         size = packed_size(bucket, self.target.shape.max_pages)
         return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.target.replicated)
 
+    def _masks(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        shape = (bucket.num_rows, num_words(self.target.shape.config.vocab_size))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.target.replicated)
+
     def _lower_whole(self, bucket: Bucket) -> Any:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
         jitted = jax.jit(function, donate_argnums=1, out_shardings=outputs, keep_unused=True)
-        return jitted.lower(t.params, t.state, self._vector(bucket))
+        return jitted.lower(t.params, t.state, self._vector(bucket), self._masks(bucket))
 
     def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         """Everything between the stages is replicated, but for the cache. Unused arguments stay, so that the text of
@@ -327,7 +361,7 @@ def _not_cached_twice() -> Generator[None]:
         jax.config.update(name, before)
 
 
-def _precision(params: Params) -> Any:
+def precision(params: Params) -> Any:
     """float32 means float32: accelerators would otherwise multiply in bfloat16 or tf32."""
     return jax.default_matmul_precision("highest" if params.embed[0].dtype == jnp.float32 else "default")
 

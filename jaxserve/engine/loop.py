@@ -6,17 +6,26 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from jaxserve.engine.grammars import Grammars, Prepared
 from jaxserve.scheduling.plan import StepPlan, StepResult
+from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
-from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, StepEvents, Stop, ToEngine
+from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, Request, StepEvents, Stop, ToEngine
+
+if TYPE_CHECKING:
+    from jaxserve.scheduling.grammar import Matcher
 
 logger = logging.getLogger(__name__)
 
 
 class Pending(Protocol):
     """A step in flight."""
+
+    def sample(self, masks: np.ndarray) -> None: ...
 
     def result(self) -> StepResult: ...
 
@@ -28,15 +37,20 @@ class Runner(Protocol):
 
 
 class EngineLoop:
-    """Step k + 1 is launched before step k is read (overlap), unless that is switched off."""
+    """Step k + 1 is launched before step k is read (overlap), unless that is switched off.
+
+    A step with constrained rows is launched as far as it goes without their masks, which follow from the tokens of step
+    k: where a step is a chain of programs, its layers run while the host makes the masks.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
-        inbox: "queue.SimpleQueue[ToEngine]",
+        inbox: "queue.SimpleQueue[ToEngine | Prepared]",
         send: Callable[[FromEngine], None],
         *,
+        grammars: Grammars | None = None,
         compilations: Callable[[], int],
         overlap: bool = True,
         decode_log_interval: int = 40,
@@ -46,6 +60,8 @@ class EngineLoop:
         self._runner = runner
         self._inbox = inbox
         self._send = send
+        self._grammars = grammars
+        self._preparing: dict[int, Request] = {}  # their grammars are being compiled
         self._compilations = compilations
         self._overlap = overlap
         self._clock = clock
@@ -57,8 +73,9 @@ class EngineLoop:
         flight: tuple[StepPlan, Pending] | None = None
         while self._receive(wait=flight is None and not self._scheduler.has_work):
             self.busy_since = self._clock()
+            events: list[StepEvents] = []
             if flight is not None and not self._overlap:
-                self._commit(*flight)
+                events.append(self._commit(*flight))
                 flight = None
             plan = self._scheduler.schedule(self._clock())
             launched = None
@@ -66,8 +83,14 @@ class EngineLoop:
                 launched = (plan, self._runner.launch(plan))
                 self._log.planned(plan)
             if flight is not None:
-                self._commit(*flight)
+                events.append(self._commit(*flight))
             flight = launched
+            if launched is not None and launched[0].is_constrained:
+                masks, ended = self._scheduler.constrain(launched[0], self._compilations())
+                launched[1].sample(masks)
+                events += [ended] if ended.request_ids else []
+            for each in events:
+                self._emit(each)
             self.busy_since = None
 
     def _receive(self, *, wait: bool) -> bool:
@@ -81,18 +104,42 @@ class EngineLoop:
             match message:
                 case AddRequests(requests):
                     for request in requests:
-                        self._scheduler.add(request, self._clock())
+                        self._add(request)
+                case Prepared(request, matcher):
+                    self._add_prepared(request, matcher)
                 case AbortRequests(request_ids):
-                    self._emit(self._scheduler.abort(request_ids, self._compilations()))
+                    waiting = [id_ for id_ in request_ids if self._preparing.pop(id_, None) is not None]
+                    self._emit(self._scheduler.abort(request_ids, self._compilations(), waiting))
                 case FlushCache():
                     self._scheduler.flush_cache()
                 case Stop():
                     return False
 
-    def _commit(self, plan: StepPlan, handle: Pending) -> None:
-        events = self._scheduler.commit(plan, handle.result(), self._compilations())
+    def _add(self, request: Request) -> None:
+        if request.grammar is None:
+            self._scheduler.add(request, self._clock())
+            return
+        assert self._grammars is not None, "a constrained request, and nothing to constrain it with"
+        self._preparing[request.id] = request
+        matcher = self._grammars.prepare(request)
+        if matcher is not None:
+            self._add_prepared(request, matcher)
+
+    def _add_prepared(self, request: Request, matcher: "Matcher | None") -> None:
+        if self._preparing.pop(request.id, None) is None:
+            return  # it was aborted meanwhile
+        if matcher is None:
+            self._emit(self._scheduler.abort((), self._compilations(), [request.id]))
+        else:
+            self._scheduler.add(request, self._clock(), matcher)
+
+    def _commit(self, plan: StepPlan, handle: Pending) -> StepEvents:
+        result = handle.result()
+        for message in read_messages(plan, result):
+            self._send(message)
+        events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
-        self._emit(events)
+        return events
 
     def _emit(self, events: StepEvents) -> None:
         self._send(events)
@@ -151,7 +198,13 @@ class StepLog:
         self._tokens, self._since = 0, now
 
 
-def start_watchdog(loop: EngineLoop, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+class Turning(Protocol):
+    """A loop that says since when its turn has lasted; None between two turns."""
+
+    busy_since: float | None
+
+
+def start_watchdog(loop: Turning, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
     """End the process when a turn takes longer than timeout seconds: a hung device never comes back by itself."""
 
     def watch() -> None:

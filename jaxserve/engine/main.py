@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.progress import CLEAR_LINE
 from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
 
 if TYPE_CHECKING:
+    from jaxserve.config import EncoderConfig
+    from jaxserve.engine.encoder import EncoderLoop
     from jaxserve.engine.loop import EngineLoop
 
 logger = logging.getLogger("jaxserve.engine")
@@ -48,7 +50,7 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
     """
     from checkpoints.files import CheckpointError
 
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ToEngine, and what the loop sends itself
     threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
     send = _sender(connection)
     try:
@@ -69,11 +71,16 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
 
 
 def _start(
-    config: EngineConfig, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
-) -> "tuple[EngineLoop, Callable[[], None]]":
+    config: EngineConfig, inbox: "queue.SimpleQueue[Any]", send: Callable[[FromEngine], None]
+) -> "tuple[EngineLoop | EncoderLoop, Callable[[], None]]":
     """Sizes, then weights and programs side by side, then one run of each program. -> the loop, and what to call after
     it."""
+    from jaxserve.engine.weights import read_encoder_config
+
+    if (encoder := read_encoder_config(config)) is not None:
+        return _start_encoder(config, encoder, inbox, send), lambda: None
     from jaxserve.engine.build import build
+    from jaxserve.engine.grammars import Grammars, load_vocabulary
     from jaxserve.engine.loop import EngineLoop, start_watchdog
     from jaxserve.engine.record import RecordingRunner
     from jaxserve.scheduling.scheduler import Scheduler
@@ -84,12 +91,15 @@ def _start(
         logger.warning("%s", note)
     scheduler = Scheduler(engine.sizes.scheduler)
     engine.counter.start_counting_this_thread()
+    vocabulary = (config.tokenizer_path or config.model_path, engine.model.vocab_size, engine.model.eos_token_ids)
+    grammars = Grammars(lambda: load_vocabulary(*vocabulary), inbox.put)
     recorder = RecordingRunner(engine.runner, config) if config.record_plans else None
     loop = EngineLoop(
         scheduler,
         recorder or engine.runner,
         inbox,
         send,
+        grammars=grammars,
         compilations=lambda: engine.counter.after_ready,
         overlap=not config.disable_overlap,
         decode_log_interval=config.decode_log_interval,
@@ -113,15 +123,63 @@ def _start(
             num_programs=engine.runner.num_programs,
             cache_misses=engine.counter.cache_misses,
             seconds=time.monotonic() - started,
+            embedding_size=engine.model.embed_dim,
         )
     )
+    grammars.load()  # while the first requests come in
     path = config.record_plans
     return loop, lambda: recorder.save(path) if recorder is not None and path is not None else None
 
 
-def _read(
-    connection: Connection, inbox: "queue.SimpleQueue[ToEngine]", on_disconnect: Callable[[], None] | None
-) -> None:
+def _start_encoder(
+    config: EngineConfig,
+    model: "EncoderConfig",
+    inbox: "queue.SimpleQueue[ToEngine]",
+    send: Callable[[FromEngine], None],
+) -> "EncoderLoop":
+    """The same for a model that makes vectors only."""
+    from jaxserve.engine.encoder import EncoderLoop, build_encoder
+    from jaxserve.engine.loop import start_watchdog
+
+    started = time.monotonic()
+    engine = build_encoder(config, model, lambda *stage: send(Progress(*stage)))
+    for note in engine.notes:
+        logger.warning("%s", note)
+    engine.counter.start_counting_this_thread()
+    loop = EncoderLoop(
+        engine.buckets,
+        engine.runner,
+        inbox,
+        send,
+        compilations=lambda: engine.counter.after_ready,
+        overlap=not config.disable_overlap,
+    )
+    if config.watchdog_timeout > 0:
+        start_watchdog(loop, config.watchdog_timeout)
+    gc.collect()
+    gc.freeze()
+    send(
+        Ready(
+            max_model_len=engine.max_len,
+            page_size=0,
+            num_pages=0,
+            max_running=max(bucket.num_rows for bucket in engine.buckets),
+            vocab_size=model.vocab_size,
+            platform=engine.platform,
+            device_kind=engine.device_kind,
+            num_devices=1,
+            dtype=engine.dtype,
+            num_programs=engine.runner.num_programs,
+            cache_misses=engine.counter.cache_misses,
+            seconds=time.monotonic() - started,
+            embedding_size=model.embed_dim,
+            generates=False,
+        )
+    )
+    return loop
+
+
+def _read(connection: Connection, inbox: "queue.SimpleQueue[Any]", on_disconnect: Callable[[], None] | None) -> None:
     try:
         while True:
             message = connection.recv()

@@ -2,14 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 
 import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loop import Pending, Runner
-from jaxserve.scheduling.plan import Admission, Bucket, PlanArrays, StepPlan, StepResult, packed_size, unpack
+from jaxserve.scheduling.plan import (
+    GRAMMAR,
+    Admission,
+    Bucket,
+    PlanArrays,
+    StepPlan,
+    StepResult,
+    packed_size,
+    unpack,
+)
 
 
 class RecordingRunner:
@@ -21,11 +30,17 @@ class RecordingRunner:
         self._clock = clock
         self._launched: list[tuple[StepPlan, float]] = []
         self._read: list[tuple[np.ndarray, float]] = []
+        self._masks: list[tuple[int, int, np.ndarray]] = []  # step, row, words
 
     def launch(self, plan: StepPlan) -> "RecordedHandle":
         # sequences are left out: they change, and hold every token of their request.
-        self._launched.append((replace(plan, sequences=()), self._clock()))
-        return RecordedHandle(self._runner.launch(plan), self._on_result)
+        self._launched.append((replace(plan, sequences=(), readings=None), self._clock()))
+        rows, step = np.flatnonzero(plan.arrays.flags & GRAMMAR), len(self._launched) - 1
+
+        def on_masks(masks: np.ndarray) -> None:
+            self._masks += [(step, int(row), masks[row].copy()) for row in rows]
+
+        return RecordedHandle(self._runner.launch(plan), on_masks, self._on_result)
 
     def _on_result(self, result: StepResult) -> None:
         self._read.append((result.token_ids, self._clock()))
@@ -36,6 +51,7 @@ class RecordingRunner:
         plans = [plan for plan, _ in self._launched[:count]]
         numbers = [astuple(plan.bucket) for plan in plans]
         admissions = [[asdict(admission) for admission in plan.admissions] for plan in plans]
+        masks = [each for each in self._masks if each[0] < count]
         with open(path, "wb") as file:  # np.savez would add .npz to a name
             np.savez(
                 file,
@@ -47,15 +63,24 @@ class RecordingRunner:
                 launched=np.array([at for _, at in self._launched[:count]]),
                 read=np.array([at for _, at in self._read]),
                 token_ids=np.concatenate([np.zeros(0, np.int32), *(ids.ravel() for ids, _ in self._read)]),
+                mask_places=np.array([each[:2] for each in masks], np.int32).reshape(len(masks), 2),
+                mask_words=np.stack([words for _, _, words in masks]) if masks else np.zeros((0, 0), np.int32),
             )
 
 
 class RecordedHandle:
     """A step in flight whose end is noted."""
 
-    def __init__(self, handle: Pending, on_result: Callable[[StepResult], None]):
+    def __init__(
+        self, handle: Pending, on_masks: Callable[[np.ndarray], None], on_result: Callable[[StepResult], None]
+    ):
         self._handle = handle
+        self._on_masks = on_masks
         self._on_result = on_result
+
+    def sample(self, masks: np.ndarray) -> None:
+        self._handle.sample(masks)
+        self._on_masks(masks)
 
     def result(self) -> StepResult:
         result = self._handle.result()
@@ -65,13 +90,15 @@ class RecordedHandle:
 
 @dataclass(frozen=True)
 class Recording:
-    """What save() wrote. launched and read [steps] in seconds; token_ids, one array per step, [rows * N]."""
+    """What save() wrote. launched and read [steps] in seconds; token_ids, one array per step, [rows * N]; masks of the
+    constrained steps, by their number, [rows, words]."""
 
     config: EngineConfig
     plans: tuple[StepPlan, ...]
     launched: np.ndarray
     read: np.ndarray
     token_ids: tuple[np.ndarray, ...]
+    masks: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str) -> "Recording":
@@ -94,7 +121,16 @@ class Recording:
                 launched=stored["launched"],
                 read=stored["read"],
                 token_ids=tuple(np.split(tokens, rows[:-1] * width)) if plans else (),
+                masks=_masks(plans, stored["mask_places"], stored["mask_words"]),
             )
+
+
+def _masks(plans: Sequence[StepPlan], places: np.ndarray, words: np.ndarray) -> dict[int, np.ndarray]:
+    masks: dict[int, np.ndarray] = {}
+    for (step, row), each in zip(places.tolist(), words, strict=True):
+        whole = np.full((plans[step].bucket.num_rows, len(each)), -1, np.int32)
+        masks.setdefault(step, whole)[row] = each
+    return masks
 
 
 def _plan(bucket: Bucket, arrays: PlanArrays, packed: np.ndarray, given: list[dict]) -> StepPlan:

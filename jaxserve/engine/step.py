@@ -6,7 +6,7 @@ Letters: S decode rows, T prefill tokens, R chunks, E embed, V vocab (scheduling
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ class StepOutput:
     logprobs: jax.Array  # [S + R, N]
     top_ids: jax.Array  # [S + R, N, 20]
     top_logprobs: jax.Array  # [S + R, N, 20]
+    hidden: jax.Array | None = None  # [C, E] of the prefill tokens, padded to the chunk size C; for engine.readout
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class StepShape:
     attention: Attention
     page_size: int
     max_pages: int  # M
+    chunk_size: int  # C: prefill tokens of a step at most
 
 
 @jax.tree_util.register_dataclass
@@ -70,16 +72,16 @@ class Shared:
 
 
 def step(
-    params: Params, state: DeviceState, vector: jax.Array, *, shape: StepShape, bucket: Bucket
+    params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array, *, shape: StepShape, bucket: Bucket
 ) -> tuple[DeviceState, StepOutput]:
-    """params, state, vector [packed plan] int32 -> the next state and the tokens sampled."""
+    """params, state, vector [packed plan] int32, masks as in finish -> the next state and the tokens sampled."""
     hidden, shared = begin(params.embed, state.last_token, vector, shape=shape, bucket=bucket)
     hidden, cache = run_layers(params.layers, hidden, state.cache, jnp.int32(0), shared, shape=shape)
-    hidden = pick(hidden, shared, shape=shape)
+    hidden, prefilled = pick(hidden, shared, shape=shape, bucket=bucket)
     last_token, sampling_state, output = finish(
-        params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows, shape=shape
+        params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows, masks, shape=shape
     )
-    return DeviceState(cache, last_token, sampling_state), output
+    return DeviceState(cache, last_token, sampling_state), replace(output, hidden=prefilled)
 
 
 def begin(
@@ -117,9 +119,16 @@ def run_layers(
     return hidden, cache
 
 
-def pick(hidden: jax.Array, shared: Shared, *, shape: StepShape) -> jax.Array:
-    """hidden [S + T, E] -> [S + R, E], each row's last token."""
-    return jnp.take(hidden, shared.picked, axis=1 if shape.layout.feature_major else 0)
+def pick(hidden: jax.Array, shared: Shared, *, shape: StepShape, bucket: Bucket) -> tuple[jax.Array, jax.Array | None]:
+    """hidden [S + T, E] -> [S + R, E], each row's last token, and StepOutput.hidden."""
+    axis = 1 if shape.layout.feature_major else 0
+    rows = jnp.take(hidden, shared.picked, axis=axis)
+    if not bucket.num_prefill:
+        return rows, None
+    prefilled = lax.slice_in_dim(hidden, bucket.num_decode, bucket.num_tokens, axis=axis)
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (0, shape.chunk_size - bucket.num_prefill)
+    return rows, jnp.pad(prefilled, padding)
 
 
 def finish(
@@ -129,13 +138,15 @@ def finish(
     last_token: jax.Array,
     state: sampling.SamplingState,
     rows: sampling.SamplingRows,
+    masks: jax.Array,
     *,
     shape: StepShape,
 ) -> tuple[jax.Array, sampling.SamplingState, StepOutput]:
-    """hidden [S + R, E] -> logits, sampled; last_token and the sampling state take in what was drawn."""
+    """hidden [S + R, E], masks [S + R, ceil(V / 32)] int32 of the tokens that each row may sample -> logits, sampled;
+    last_token and the sampling state take in what was drawn."""
     logits = merge(shape.structure.head, head)(hidden, merge(shape.structure.embed, embed))
     vocab_axis = 0 if shape.layout.feature_major else 1
-    state, sampled = sampling.sample(logits, rows, state, num_top=MAX_TOP_LOGPROBS, vocab_axis=vocab_axis)
+    state, sampled = sampling.sample(logits, rows, state, masks, num_top=MAX_TOP_LOGPROBS, vocab_axis=vocab_axis)
     output = StepOutput(
         token_ids=sampled.token_ids[:, None],
         num_tokens=rows.emit.astype(jnp.int32),
@@ -208,6 +219,7 @@ def _sampling_rows(arrays: PlanArrays) -> sampling.SamplingRows:
         bias=flag(plans.BIAS),
         suppress_stop=flag(plans.SUPPRESS_STOP),
         logprobs=flag(plans.LOGPROBS),
+        constrained=flag(plans.GRAMMAR),
         temperature=real(arrays.temperature),
         top_p=real(arrays.top_p),
         min_p=real(arrays.min_p),

@@ -3,45 +3,92 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 
+from checkpoints import bert
 from checkpoints.convert import OrbaxSource, convert, open_source
 from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
 from checkpoints.llama import tensor_shapes
 from checkpoints.load import DummySource, Target, load
-from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig, pooling_of
 from jaxserve.model.sharding import Params
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
+_POOLING = "1_Pooling"  # sentence-transformers' folder beside the model
 
 
 def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """config.json and generation_config.json of the model folder. Raises ConfigError."""
+    """config.json, generation_config.json and 1_Pooling/config.json of the model folder. Raises ConfigError."""
     path = os.path.join(config.model_path, "config.json")
     if not os.path.isfile(path):
         raise ConfigError(f"{config.model_path} holds no config.json; --model takes a folder in Hugging Face's format")
     generation = os.path.join(config.model_path, "generation_config.json")
     try:
-        return ModelConfig.from_hf(
+        model = ModelConfig.from_hf(
             {**_read_json(path), **(overrides or {})}, _read_json(generation) if os.path.isfile(generation) else None
+        )
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks {error}") from error
+    return replace(model, pooling=_decoder_pooling(config.model_path))
+
+
+def _decoder_pooling(folder: str) -> Literal["last", "mean"]:
+    path = os.path.join(folder, _POOLING, "config.json")
+    pooling = pooling_of(_read_json(path)) if os.path.isfile(path) else "last"
+    if pooling == "cls":
+        raise ConfigError(
+            f"{path} asks for the first token, which in this model sees no other; last and mean are served"
+        )
+    return pooling
+
+
+_SERVED_MODULES = ("Transformer", "Pooling", "Normalize")  # vectors are always normalised
+
+
+def read_encoder_config(config: EngineConfig) -> EncoderConfig | None:
+    """What config.json and sentence-transformers' files beside it say; None for a decoder. Raises ConfigError."""
+    path = os.path.join(config.model_path, "config.json")
+    if not os.path.isfile(path):
+        return None
+    values = _read_json(path)
+    if (values.get("architectures") or [""])[0] not in ENCODERS:
+        return None
+    folder = config.model_path
+    for module in _read_optional(os.path.join(folder, "modules.json")) or ():
+        if str(module.get("type")).rpartition(".")[2] not in _SERVED_MODULES:
+            raise ConfigError(f"{folder}: modules.json asks for {module.get('type')}, which is not served")
+    try:
+        return EncoderConfig.from_hf(
+            values,
+            _read_optional(os.path.join(folder, _POOLING, "config.json")),
+            _read_optional(os.path.join(folder, "sentence_bert_config.json")),
         )
     except KeyError as error:
         raise ConfigError(f"{path} lacks {error}") from error
 
 
-def load_params(config: EngineConfig, model: ModelConfig, description: Params, report: Report) -> Params:
+def load_params(
+    config: EngineConfig, model: ModelConfig | EncoderConfig, description: Params, report: Report
+) -> Params:
     """Params of Parameter descriptions -> Params of arrays on their devices. Converts the default model once."""
     parameters = jax.tree.leaves(description)
     source = _open(config, model, report)
-    targets = {p.path: Target(p.sources, p.shape, p.dtype, p.sharding, p.transpose) for p in parameters}
+    names = {name: name for p in parameters for name in p.sources}
+    if isinstance(model, EncoderConfig):
+        names = {name: bert.stored_name(name, source.tensors) for name in names}
+    targets = {
+        p.path: Target(tuple(names[name] for name in p.sources), p.shape, p.dtype, p.sharding, p.transpose)
+        for p in parameters
+    }
     arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
     return jax.tree.map(lambda p: arrays[p.path], description)
 
 
-def _open(config: EngineConfig, model: ModelConfig, report: Report) -> TensorSource:
+def _open(config: EngineConfig, model: ModelConfig | EncoderConfig, report: Report) -> TensorSource:
     if config.load_format == "dummy":
         return DummySource(_dummy_shapes(model), config.random_seed)
     if config.orbax_path and config.gguf_path and config.load_format in ("auto", "orbax"):
@@ -62,7 +109,10 @@ def _open(config: EngineConfig, model: ModelConfig, report: Report) -> TensorSou
     return open_source(config.model_path)
 
 
-def _dummy_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _dummy_shapes(model: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
+    if isinstance(model, EncoderConfig):
+        sizes = {"L": model.num_layers, "E": model.embed_dim, "F": model.mlp_dim, "V": model.vocab_size}
+        return bert.tensor_shapes(sizes | {"positions": model.max_position, "types": model.num_token_types})
     dims = {
         "L": model.num_layers,
         "E": model.embed_dim,
@@ -74,6 +124,10 @@ def _dummy_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     biases = {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
     return tensor_shapes(dims, tie=model.tie_embeddings, **biases)
+
+
+def _read_optional(path: str) -> Any:
+    return _read_json(path) if os.path.isfile(path) else None
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class SamplingRows:
     bias: Array  # [N] bool: adds the slot's bias
     suppress_stop: Array  # [N] bool: the slot's stop tokens cannot be sampled
     logprobs: Array  # [N] bool
+    constrained: Array  # [N] bool: only tokens of the row's mask can be sampled
     temperature: Array  # [N] float32; held within 1e-6 and 1e6
     top_p: Array  # [N] float32; >= 1 = off
     min_p: Array  # [N] float32 in [0, 1]; 0 = off
@@ -121,9 +122,12 @@ def admit(
 
 
 def sample(
-    logits: Array, rows: SamplingRows, state: SamplingState, *, num_top: int, vocab_axis: int = 1
+    logits: Array, rows: SamplingRows, state: SamplingState, masks: Array, *, num_top: int, vocab_axis: int = 1
 ) -> tuple[SamplingState, Sampled]:
     """logits [N, V] float32 -> one token per row, and the state in which rows with penalties have counted theirs.
+
+    masks [N, ceil(V / 32)] int32: bit v % 32 of word v // 32 allows token v; all bits set in rows that are not
+    constrained.
 
     vocab_axis 0: logits are [V, N]; turning them round costs as much as the CPU's whole head at two rows, so only steps
     that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError
@@ -132,23 +136,39 @@ def sample(
     if num_top > logits.shape[vocab_axis]:
         vocab = logits.shape[vocab_axis]
         raise ValueError(f"num_top is {num_top}; at most the vocabulary's {vocab} tokens can be reported")
-    token_ids = _choose(logits, rows, state, vocab_axis)
+    token_ids = _choose(logits, rows, state, masks, vocab_axis)
     counted = jnp.where(rows.emit & rows.penalties, rows.slots, state.counts.shape[0])
     state = replace(state, counts=state.counts.at[counted, token_ids].add(1, mode="drop"))
     return state, _report(logits, token_ids, jnp.any(rows.emit & rows.logprobs), num_top, vocab_axis)
 
 
-def _choose(logits: Array, rows: SamplingRows, state: SamplingState, vocab_axis: int) -> Array:
+def _choose(logits: Array, rows: SamplingRows, state: SamplingState, masks: Array, vocab_axis: int) -> Array:
     """logits [N, V] or [V, N] -> token ids [N]. A step of plain greedy rows costs one argmax."""
     adjusts = jnp.any(rows.emit & (rows.penalties | rows.bias | rows.suppress_stop))
     draws = jnp.any(rows.emit & rows.sample)
+    constrained = jnp.any(rows.emit & rows.constrained)
+    plain = functools.partial(_argmax, axis=vocab_axis)
 
     def general(logits: Array) -> Array:
         scores = _by_row(logits, vocab_axis)
         scores = lax.cond(adjusts, lambda x: _adjust(x, rows, state), lambda x: x, scores)
         return lax.cond(draws, lambda x: _draw(x, rows), _argmax, scores)
 
-    return lax.cond(adjusts | draws, general, functools.partial(_argmax, axis=vocab_axis), logits)
+    def masked(logits: Array) -> Array:
+        allowed = lax.cond(constrained, lambda x: _forbid(x, masks, vocab_axis), lambda x: x, logits)
+        return lax.cond(adjusts | draws, general, plain, allowed)
+
+    return lax.cond(adjusts | draws | constrained, masked, plain, logits)
+
+
+def _forbid(logits: Array, masks: Array, vocab_axis: int) -> Array:
+    """logits [N, V] or [V, N], masks [N, words] -> -inf where the row's mask has no bit; the logits are not turned."""
+    shifts = jnp.arange(32, dtype=jnp.int32)
+    if vocab_axis == 1:
+        bits = (masks[:, :, None] >> shifts & 1).reshape(masks.shape[0], -1)[:, : logits.shape[1]]
+    else:
+        bits = (masks.T[:, None, :] >> shifts[:, None] & 1).reshape(-1, masks.shape[0])[: logits.shape[0]]
+    return jnp.where(bits != 0, logits, -jnp.inf)
 
 
 def _by_row(logits: Array, vocab_axis: int) -> Array:

@@ -16,10 +16,12 @@ from jaxserve.model.llama import Joint, Layout, Linear, Llama
 
 P = PartitionSpec
 
+Table = dict[str, tuple[tuple[str, ...], PartitionSpec]]
+
 _LAYER = "model.layers.{}."
 # Parameter path -> (Hugging Face tensors, spec of the [out, in] orientation). "{}" is the layer's number. Several
 # tensors are the parts of a Joint: one leaf each, or one leaf with all of them along its output axis.
-TABLE: dict[str, tuple[tuple[str, ...], PartitionSpec]] = {
+TABLE: Table = {
     "embed.kernel": (("model.embed_tokens.weight",), P("tp", None)),
     "layers.{}.attn_norm.scale": ((_LAYER + "input_layernorm.weight",), P()),
     "layers.{}.attn.qkv.kernel": (tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"), P("tp", None)),
@@ -85,19 +87,22 @@ def describe(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, platform: str) -
     """The model for a platform: its structure, and Params whose leaves are Parameter descriptions. Takes no memory."""
     model = nnx.eval_shape(lambda: Llama(config, dtype, Layout.of(platform)))
 
-    def split(module: nnx.Module, prefix: str) -> tuple[tuple[nnx.GraphDef, Any], list[Parameter]]:
-        graphdef, state = nnx.split(module)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-        paths = [_path(keys) for keys, _ in leaves]
-        found = [
-            _parameter(config, module, prefix, path, leaf, mesh) for path, (_, leaf) in zip(paths, leaves, strict=True)
-        ]
-        return (graphdef, treedef), found
-
-    embed, embed_leaves = split(model.embed, "embed")
-    head, head_leaves = split(model.head, "head")
-    layers = [split(layer, f"layers.{index}") for index, layer in enumerate(model.layers)]
+    tied = {"head.out.kernel": (TABLE["embed.kernel"][0], TABLE["head.out.kernel"][1])}
+    table = TABLE | (tied if config.tie_embeddings else {})
+    embed, embed_leaves = describe_module(model.embed, "embed", mesh, table)
+    head, head_leaves = describe_module(model.head, "head", mesh, table)
+    layers = [describe_module(layer, f"layers.{index}", mesh, table) for index, layer in enumerate(model.layers)]
     return Structure(embed, layers[0][0], head), Params(embed_leaves, [leaves for _, leaves in layers], head_leaves)
+
+
+def describe_module(
+    module: nnx.Module, prefix: str, mesh: Mesh, table: Table
+) -> tuple[tuple[nnx.GraphDef, Any], list[Parameter]]:
+    """An abstract module whose own path is prefix -> its definition for merge(), and its leaves' descriptions."""
+    graphdef, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    found = [_parameter(table, module, prefix, _path(keys), leaf, mesh) for keys, leaf in leaves]
+    return (graphdef, treedef), found
 
 
 def _path(keys: tuple) -> tuple[str, ...]:
@@ -106,7 +111,7 @@ def _path(keys: tuple) -> tuple[str, ...]:
 
 
 def _parameter(
-    config: ModelConfig,
+    table: Table,
     module: nnx.Module,
     prefix: str,
     path: tuple[str, ...],
@@ -120,9 +125,7 @@ def _parameter(
     joint = next((owner for owner in owners if isinstance(owner, Joint)), None)
     name = prefix + "." + ".".join(path)
     generic = re.sub(r"\.parts\.\d+", "", re.sub(r"(?<=layers\.)\d+", "{}", name))
-    sources, spec = TABLE[generic]
-    if generic == "head.out.kernel" and config.tie_embeddings:
-        sources, _ = TABLE["embed.kernel"]
+    sources, spec = table[generic]
     if joint is not None and len(joint.parts) > 1:
         sources = (sources[int(path[path.index("parts") + 1])],)
     layer = re.search(r"layers\.(\d+)", name)

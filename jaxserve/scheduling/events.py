@@ -25,6 +25,10 @@ class EventColumns:
     ) -> None:
         self._rows.append((sequence.request.id, token, reason, sequence.num_cached, logprobs))
 
+    def add_abort(self, request_id: int) -> None:
+        """The end of a request that has no sequence."""
+        self._rows.append((request_id, None, "abort", 0, None))
+
     def events(self, stats: EngineStats) -> StepEvents:
         if not self._rows:
             return StepEvents((), (), (), (), (), stats)

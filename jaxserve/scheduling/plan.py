@@ -19,6 +19,12 @@ PENALTIES = 8  # reads and updates the slot's token counts
 BIAS = 16  # adds the slot's bias row
 SUPPRESS_STOP = 32  # fewer than min_tokens sampled so far: the slot's stop tokens cannot be sampled
 LOGPROBS = 64
+GRAMMAR = 128  # only tokens of the row's mask can be sampled
+
+
+def num_words(vocab_size: int) -> int:
+    """int32 words of a row's mask, a bit for each token: bit v % 32 of word v // 32."""
+    return -(-vocab_size // 32)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -104,6 +110,20 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Readings:
+    """What is read from the hidden states of a step's T prefill tokens besides the next token of each row.
+
+    N tokens of prompts are scored, and K <= R spans of tokens are summed up for vectors.
+    """
+
+    index: np.ndarray  # [N] int32: which of the T tokens predicts
+    targets: np.ndarray  # [N] int32: the token it is followed by
+    num_top: int  # alternatives that any of them wants
+    spans: tuple[tuple[int, int], ...]  # [K] start and stop among the T tokens
+    owners: tuple[Any, ...]  # host only: whose they are (scheduling.readings)
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: packed is sent to the device, the rest stays on the host."""
 
@@ -113,10 +133,27 @@ class StepPlan:
     admissions: tuple[Admission, ...]  # to be run before the step, in order
     sequences: tuple[tuple[int, Any], ...]  # (row, scheduling.sequence.Sequence) for every used row
     num_tokens: int  # tokens that are not padding
+    readings: Readings | None = None
     num_decode_rows: int = 0  # host only, as is all below: for the log lines
     num_new_sequences: int = 0  # admitted in this step, those that return after a preemption included
     num_new_tokens: int = 0  # prefill tokens of this step
     num_cached_tokens: int = 0  # tokens the sequences admitted in this step found in the prefix tree
+
+    @property
+    def is_constrained(self) -> bool:
+        """True when the step samples only after it was given masks (Scheduler.constrain)."""
+        return bool((self.arrays.flags & GRAMMAR).any())
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """The answer to Readings, as numpy. E is the model's width."""
+
+    logprobs: np.ndarray  # [N] float32: of the targets
+    ranks: np.ndarray  # [N] int32: 1 = the likeliest token
+    top_ids: np.ndarray  # [N, 20]; meaningless where num_top is 0
+    top_logprobs: np.ndarray  # [N, 20]
+    sums: np.ndarray  # [K, E] float32: of the spans' hidden states after the final norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +165,4 @@ class StepResult:
     logprobs: np.ndarray  # [S + R, N] float32; meaningless unless the row's flags hold LOGPROBS
     top_ids: np.ndarray  # [S + R, N, 20]
     top_logprobs: np.ndarray  # [S + R, N, 20]
+    read: ReadResult | None = None  # where the plan has readings

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxserve.scheduling.buckets import SchedulerConfig, choose_bucket
 from jaxserve.scheduling.plan import (
+    GRAMMAR,
     SUPPRESS_STOP,
     TAKE_LAST,
     PlanArrays,
@@ -34,6 +35,8 @@ class RowTable:
     def assign(self, sequence: Sequence, num_pages: int) -> None:
         """sequence got its slot; its first num_pages pages hold computed tokens."""
         self._words[:, sequence.slot] = sampling_words(sequence.request.params)
+        if sequence.matcher is not None:
+            self._words[0, sequence.slot] |= GRAMMAR
         self.show_pages(sequence, 0, num_pages)
 
     def show_pages(self, sequence: Sequence, start: int, stop: int) -> None:
@@ -121,11 +124,11 @@ class RowTable:
             arrays.positions[at : at + span] = np.arange(first, first + span)
             slots[row] = sequence.slot
             arrays.kv_lens[row] = sequence.num_computed = stop
-            if sequence.is_prefilling:
+            if sequence.is_prefilling or not sequence.answers:
                 unflagged.append(row)
-            else:
-                if sequence.length < sequence.min_length:
-                    suppressed.append(row)
+            elif sequence.length < sequence.min_length:
+                suppressed.append(row)
+            if not sequence.is_prefilling:  # its token is in flight, or its end
                 sequence.num_in_flight += 1
         arrays.chunk_starts[:] = end
         arrays.chunk_starts[: len(starts)] = starts

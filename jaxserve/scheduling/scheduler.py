@@ -4,6 +4,10 @@
     handle = runner.launch(plan)               # asynchronous
     events = scheduler.commit(plan, result)    # learns the tokens; frees what finished
 
+and for a plan with constrained rows, before it samples and after every earlier one is committed:
+
+    masks, events = scheduler.constrain(plan)
+
 Step k+1 may be scheduled and launched before step k is committed. What makes that safe is that the device runs steps in
 the order of their launch: a page freed while a step that writes it is in flight is rewritten by a later step only, and
 a page may be shared as soon as the step that fills it is planned, from the next plan on.
@@ -12,17 +16,24 @@ a page may be shared as soon as the step that fills it is planned, from the next
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from jaxserve.scheduling.buckets import SchedulerConfig, buckets
 from jaxserve.scheduling.events import EventColumns, token_logprobs
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.picked import Frontier, Picked
-from jaxserve.scheduling.plan import EMIT, Admission, StepPlan, StepResult
+from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, Admission, StepPlan, StepResult
 from jaxserve.scheduling.radix import RadixTree
+from jaxserve.scheduling.readings import plan_readings
 from jaxserve.scheduling.rows import RowTable
 from jaxserve.scheduling.sequence import Sequence
 from jaxserve.scheduling.waiting import WaitingQueue, longest_match_order
 from jaxserve.types import EngineStats, FinishReason, Request, StepEvents
+
+if TYPE_CHECKING:
+    from jaxserve.scheduling.grammar import Matcher
 
 __all__ = ["Scheduler", "SchedulerConfig", "buckets"]
 
@@ -53,18 +64,20 @@ class Scheduler:
 
     # What comes in
 
-    def add(self, request: Request, now: float) -> None:
-        """Queue a request; now in seconds of any clock, the one schedule is given.
+    def add(self, request: Request, now: float, matcher: "Matcher | None" = None) -> None:
+        """Queue a request; now in seconds of any clock, the one schedule is given. matcher: of request.grammar, at
+        its start.
 
         Raises ValueError for an id in use and for a request that the pool could never hold, alone in it.
         """
         if request.id in self._known:
             raise ValueError(f"request id {request.id} is in use; ids must be unique until their last event")
-        sequence = Sequence.of(request, self._num_arrived, now, self.config.max_model_len)
-        if sequence.num_prompt >= self.config.max_model_len:
+        config = self.config
+        sequence = Sequence.of(request, self._num_arrived, now, config.max_model_len, config.pooling)
+        if sequence.num_prompt + sequence.answers > config.max_model_len:
             raise ValueError(
                 f"prompt has {sequence.num_prompt} tokens; with one to answer, this server takes "
-                f"{self.config.max_model_len - 1} (--max-model-len)"
+                f"{config.max_model_len - 1} (--max-model-len)"
             )
         tokens = max(sequence.num_prompt, sequence.max_length - 1)  # the last token sampled is never computed
         if -(-tokens // self.config.page_size) > self._pool.num_pages:
@@ -72,14 +85,19 @@ class Scheduler:
                 f"prompt and max_tokens take {tokens} tokens of KV cache; it holds "
                 f"{self._pool.num_pages * self.config.page_size} (--max-total-tokens)"
             )
+        assert (matcher is None) == (request.grammar is None), "a constrained request needs its matcher"
+        sequence.matcher = matcher
         self._num_arrived += 1
         self._known[request.id] = sequence
         self._num_interactive += request.priority <= 0
         self._waiting.add(sequence)
 
-    def abort(self, request_ids: Iterable[int], compilations: int = 0) -> StepEvents:
-        """End these requests now; one "abort" event for each id still known. Tokens in flight are dropped by commit."""
+    def abort(self, request_ids: Iterable[int], compilations: int = 0, outside: Iterable[int] = ()) -> StepEvents:
+        """End these requests now; one "abort" event for each id still known, and for each of outside, which were never
+        added. Tokens in flight are dropped by commit."""
         columns = EventColumns()
+        for request_id in outside:
+            columns.add_abort(request_id)
         for request_id in request_ids:
             sequence = self._known.get(request_id)
             if sequence is not None:
@@ -325,6 +343,7 @@ class Scheduler:
         return replace(
             plan,
             admissions=tuple(_admission(s) for s in picked.admitted if s.request.params.needs_slot_state),
+            readings=plan_readings(plan),
             num_new_sequences=len(picked.admitted),
             num_cached_tokens=num_cached,
         )
@@ -337,6 +356,7 @@ class Scheduler:
         flags, counts, tokens = plan.arrays.flags.tolist(), result.num_tokens.tolist(), result.token_ids.tolist()
         for row, sequence in plan.sequences:
             if not flags[row] & EMIT:
+                self._commit_end(sequence, int(plan.arrays.kv_lens[row]), columns)
                 continue
             sequence.num_in_flight -= 1
             for n, token in enumerate(tokens[row][: counts[row]]):
@@ -345,19 +365,59 @@ class Scheduler:
                 reason = self._append(sequence, token)
                 count = sequence.request.params.num_logprobs
                 columns.add(sequence, token, reason, None if count is None else token_logprobs(result, row, n, count))
+                if reason is None and sequence.matcher is not None and sequence.matcher.is_over:
+                    self._end_with(sequence, sequence.matcher.ending, columns)
         return columns.events(self.stats(compilations))
+
+    def constrain(self, plan: StepPlan, compilations: int = 0) -> tuple[np.ndarray, StepEvents]:
+        """A constrained plan, every earlier one being committed -> masks [S + R, words] for its handle, and the ends of
+        the rows that nothing can follow."""
+        columns = EventColumns()
+        flags = plan.arrays.flags.tolist()
+        rows = [(row, s, s.matcher) for row, s in plan.sequences if flags[row] & GRAMMAR and s.matcher is not None]
+        alive = [(matcher, row) for row, sequence, matcher in rows if not sequence.done]
+        vocabulary = rows[0][2].vocabulary
+        masks = vocabulary.fill(alive, plan.bucket.num_rows)
+        for row, sequence, matcher in rows:
+            if sequence.done:
+                continue
+            never = vocabulary.eos_token_ids - sequence.stop_token_ids  # ignore_eos
+            if flags[row] & SUPPRESS_STOP:
+                never |= sequence.stop_token_ids
+            if matcher.failed or not vocabulary.forbid(masks[row], never):
+                masks[row] = -1
+                self._end_with(sequence, matcher.ending, columns)
+        return masks, columns.events(self.stats(compilations))
+
+    def _commit_end(self, sequence: Sequence, computed: int, columns: EventColumns) -> None:
+        """A step without a token for this sequence was read: the end of one that answers with none?"""
+        if sequence.answers or computed < sequence.num_prompt:
+            return
+        sequence.num_in_flight -= 1
+        if not sequence.done:
+            self._end(sequence)
+            columns.add(sequence, None, "stop" if sequence.request.task == "embed" else "length", None)
 
     def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
         reason: FinishReason | None = None
         if token in sequence.stop_token_ids and len(sequence.tokens) >= sequence.min_length:
             reason = "stop"
         sequence.tokens.append(token)
+        if reason is None and sequence.matcher is not None:
+            sequence.matcher.accept(token)
+            if sequence.matcher.is_over:
+                return None  # and it ends without a further token, even where this was the last one allowed
         if reason is None and len(sequence.tokens) >= sequence.max_length:
             reason = "length"
         self._generation_tokens += 1
         if reason is not None:
             self._end(sequence)
         return reason
+
+    def _end_with(self, sequence: Sequence, reason: FinishReason, columns: EventColumns) -> None:
+        """An end without a token."""
+        self._end(sequence)
+        columns.add(sequence, None, reason, None)
 
     def _end(self, sequence: Sequence) -> None:
         """The request is over, wherever it is."""

@@ -2,12 +2,18 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from jaxserve.scheduling import plan
 from jaxserve.scheduling.radix import Node
 from jaxserve.types import Request, SamplingParams
+
+if TYPE_CHECKING:  # llguidance takes 0.2 s to import
+    from jaxserve.scheduling.grammar import Matcher
+
+Reads = Literal["scores", "last", "mean"] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +23,7 @@ class Sequence:
     tokens      known ids: the prompt and what was read back from the device
     length      known ids and those sampled in a step that was not read yet (num_in_flight)
     num_computed  positions whose keys and values are written once every planned step has run
+    num_read    positions whose hidden states are read once every planned step has run; a preemption keeps them
     """
 
     request: Request
@@ -27,6 +34,8 @@ class Sequence:
     max_length: int  # prompt and output
     stop_token_ids: frozenset[int]
     min_length: int  # length below which stop tokens are suppressed; 0 = never
+    answers: bool  # False: it ends with its prompt, and samples nothing
+    reads: Reads  # what is read from the hidden states of the prompt's tokens
     slot: int = -1  # -1: waiting
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -35,20 +44,34 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix tree at the first admission
     was_admitted: bool = False
     done: bool = False
+    matcher: "Matcher | None" = None  # of request.grammar; it has taken in the tokens after the prompt
     node: Node | None = None  # waiting: deepest match so far; running: deepest own page in the tree
+    num_read: int = 0
+    pooled: np.ndarray | None = None  # [E] float64: the sum of what was read so far
 
     @classmethod
-    def of(cls, request: Request, arrival: int, now: float, max_model_len: int) -> "Sequence":
+    def of(
+        cls, request: Request, arrival: int, now: float, max_model_len: int, pooling: Literal["last", "mean"]
+    ) -> "Sequence":
         params, num_prompt = request.params, len(request.token_ids)
+        embeds = request.task == "embed"
+        max_tokens = 0 if embeds else params.max_tokens
+        reads: Reads = None
+        if embeds:
+            reads = pooling
+        elif params.num_prompt_logprobs is not None:
+            reads = "scores"
         return cls(
             request=request,
             order=(request.priority, arrival),
             arrived=now,
             tokens=array("i", request.token_ids),
             num_prompt=num_prompt,
-            max_length=min(num_prompt + params.max_tokens, max_model_len),
+            max_length=min(num_prompt + max_tokens, max_model_len),
             stop_token_ids=frozenset(params.stop_token_ids),
             min_length=num_prompt + params.min_tokens if params.min_tokens and params.stop_token_ids else 0,
+            answers=max_tokens > 0,
+            reads=reads,
         )
 
     @property
@@ -61,8 +84,12 @@ class Sequence:
 
     @property
     def max_match(self) -> int:
-        """Tokens a prefix match may cover: all but the last, which must pass through a step to be answered."""
-        return len(self.tokens) - 1
+        """Tokens a prefix match may cover: all but the last, which must pass through a step to be answered, and none
+        whose hidden state is still to be read."""
+        most = len(self.tokens) - 1
+        if self.reads in ("scores", "mean") and self.num_read < self.num_prompt:
+            return min(most, self.num_read)
+        return most
 
 
 NUM_SAMPLING_WORDS = len(plan.PlanArrays._fields) - plan.PlanArrays._fields.index("flags")

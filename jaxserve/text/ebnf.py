@@ -102,7 +102,7 @@ class _Parser:
             if token.kind == "repeat" or (token.kind == "mark" and token.text in "*+?"):
                 if not items:
                     raise EbnfError(f"{_where(self._text, token.start)}: {token.text} has nothing before it to repeat")
-                items[-1] = f"({items[-1]}){token.text}"
+                items[-1] = '""' if token.text in ("{0}", "{0,0}") else f"({items[-1]}){token.text}"
             else:
                 items.append(self._item(token))
         return " ".join(items) or '""'

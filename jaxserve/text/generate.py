@@ -19,14 +19,18 @@ class GenerateOptions:
     include_stop: bool = False  # the stop string or stop token that ended the text is part of it
     skip_special_tokens: bool = True
     priority: int = 0  # 0 interactive, 1 batch
+    grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
+    every_token: bool = False  # deltas hold the tokens without text too: a stop token, what a stop string cut off
+    owner: object = None  # whom it is computed for: EngineClient.end_requests
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of one choice. token_ids and logprobs are those whose text is complete with this delta's text.
 
-    Tokens without text in the output (a stop token, what a stop string cuts off) are in num_tokens only.
+    Tokens without text in the output (a stop token, what a stop string cuts off) are in num_tokens only, unless
+    every_token asks for them.
     """
 
     text: str
@@ -52,7 +56,8 @@ async def generate(
     """
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]
-    streams = client.submit([Request(client.next_id(), tokens, each, options.priority) for each in params])
+    requests = [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in params]
+    streams = client.submit(requests, options.owner)
     try:
         async for index, events in merge(streams):
             delta = choices[index].advance(events, streams[index])
@@ -70,6 +75,7 @@ class _Choice:
         self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens, after_text=options.after_text)
         self._matcher = StopMatcher(options.stop, options.include_stop)
         self._include_stop = options.include_stop
+        self._every_token = options.every_token
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.num_logprobs is not None
         self._held: list[tuple[int, TokenLogprobs | None, int]] = []  # token, logprobs, where its text ends
@@ -93,7 +99,7 @@ class _Choice:
             if finish_reason == "stop":
                 matched_stop = event.token_id
         text = "".join(texts)
-        released = self._release()
+        released = self._release(everything=self._every_token and finish_reason is not None)
         if not text and not released and finish_reason is None:
             return None
         return Delta(
@@ -116,6 +122,8 @@ class _Choice:
                 # A token that ends inside a character is complete with the next character.
                 end = self._num_decoded + len(text) + self._detokenizer.half
                 self._held.append((event.token_id, event.logprobs, end))
+            elif self._every_token:
+                self._held.append((event.token_id, event.logprobs, self._num_decoded))
         final = event.finish_reason is not None
         if final:
             text += self._detokenizer.finish()
@@ -127,8 +135,8 @@ class _Choice:
         self._num_emitted += len(emitted)
         return emitted, matched
 
-    def _release(self) -> list[tuple[int, TokenLogprobs | None]]:
-        count = 0
+    def _release(self, everything: bool) -> list[tuple[int, TokenLogprobs | None]]:
+        count = len(self._held) if everything else 0
         while count < len(self._held) and self._held[count][2] <= self._num_emitted:
             count += 1
         released = [(token_id, logprobs) for token_id, logprobs, _ in self._held[:count]]

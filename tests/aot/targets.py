@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig, ModelConfig
-from jaxserve.engine.compile import Target, _Builder, compile_programs
+from jaxserve.engine.compile import Target, _Builder, precision
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sizing import DeviceFacts, resolve
 from jaxserve.engine.step import StepShape
@@ -63,16 +63,14 @@ class Compiled:
 
 def compile_steps(target: Target, buckets: Iterable[Bucket], *, whole: bool = False) -> dict[Bucket, Compiled]:
     """The steps of some buckets; whole, or only their layers, which is where the cache is (sampling takes a minute)."""
-    wanted = list(buckets)
-    if whole:
-        programs = compile_programs(target, wanted, lambda done, total: None)
-        compiled = {bucket: programs.steps[bucket]._program for bucket in wanted}
-    else:
-        builder = _Builder(replace(target, layers_per_program=target.shape.config.num_layers))
-        for bucket in wanted:
-            builder.add_bucket(bucket)
-        compiled = {bucket: builder.lowerings["layers", bucket]().compile() for bucket in wanted}
-    return {bucket: Compiled(target, bucket, program) for bucket, program in compiled.items()}
+    builder = _Builder(target if whole else replace(target, layers_per_program=target.shape.config.num_layers))
+    compiled = {}
+    for bucket in buckets:
+        builder.add_bucket(bucket)
+        with precision(target.params):
+            lowered = builder.lowerings["step" if whole else "layers", bucket]()
+        compiled[bucket] = Compiled(target, bucket, lowered.compile())
+    return compiled
 
 
 @contextmanager
@@ -91,7 +89,8 @@ def target_of(
     structure, description = describe(model, dtype, mesh, "tpu")
     attention = choose("tpu", backend, mesh)
     runs = sizes.scheduler
-    shape = StepShape(model, Layout.of("tpu"), structure, attention, runs.page_size, runs.max_pages)
+    sizes_of_step = (runs.page_size, runs.max_pages, runs.chunk_size)
+    shape = StepShape(model, Layout.of("tpu"), structure, attention, *sizes_of_step)
     runner = ModelRunner(shape, runs, mesh, dtype)
     target = Target(
         params=jax.tree.map(Parameter.abstract, description),

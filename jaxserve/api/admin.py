@@ -1,0 +1,105 @@
+"""Routes for whoever runs the server: its load, its cache, and requests that shall end. SGLang's names."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import PlainTextResponse, Response
+
+from jaxserve.api.errors import invalid_request
+from jaxserve.api.http import json_response, read_json
+from jaxserve.api.running import Caller
+from jaxserve.api.schema import as_invalid_request
+from jaxserve.api.serving import Serving
+
+
+async def flush_cache(serving: Serving, http: Request) -> Response:
+    """Drops every cached prefix that no running request holds."""
+    serving.require_ready()
+    serving.client.flush_cache()
+    return PlainTextResponse("Cache flushed.\n")
+
+
+class AbortRequest(BaseModel):
+    """Which requests to end."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    rid: str | None = Field(None, description="the id of a reply, an x-request-id, or the rid that a client sent")
+    abort_all: bool | None = Field(None, description="every interactive request; batches are cancelled by their route")
+
+
+async def abort_request(serving: Serving, http: Request) -> Response:
+    """Ends running requests by id: {rid} or {abort_all: true} -> {"aborted": number of HTTP requests}.
+
+    /generate answers with what it has and finish reason "abort"; other routes with the error `request_aborted`.
+    """
+    body = await read_json(http, serving.config.max_body_size)
+    serving.require_ready()
+    try:
+        request = AbortRequest.model_validate(body)
+    except ValidationError as error:
+        raise as_invalid_request(error, AbortRequest) from None
+    if not request.rid and not request.abort_all:
+        raise invalid_request("Name a request by 'rid', or send abort_all: true.", "rid")
+    ended = _end(serving, lambda caller: bool(request.abort_all) or request.rid in caller.ids)
+    return json_response({"aborted": ended})
+
+
+def _end(serving: Serving, chosen: Callable[[Caller], bool]) -> int:
+    callers: set[Caller] = set()
+
+    def is_chosen(owner: object) -> bool:
+        if not isinstance(owner, Caller) or not chosen(owner):
+            return False
+        owner.ended = True
+        callers.add(owner)
+        return True
+
+    serving.client.end_requests(is_chosen)
+    return len(callers)
+
+
+def _load(serving: Serving) -> dict[str, Any]:
+    _, ready = serving.require_ready()
+    stats = serving.client.stats
+    running, waiting = (stats.num_running, stats.num_waiting) if stats else (0, 0)
+    held = stats.num_held_pages if stats else 0
+    prompt, cached = (stats.prompt_tokens_total, stats.cached_tokens_total) if stats else (0, 0)
+    return {
+        "dp_rank": 0,
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_total_reqs": running + waiting,
+        "num_used_tokens": held * ready.page_size,
+        "max_total_num_tokens": ready.num_pages * ready.page_size,
+        "max_running_requests": ready.max_running,
+        "token_usage": round(held / max(ready.num_pages, 1), 4),
+        "utilization": round(running / ready.max_running, 4),
+        "cache_hit_rate": round(cached / prompt, 4) if prompt else 0.0,
+        "gen_throughput": round(serving.metrics.throughput.value(), 2),
+    }
+
+
+async def loads(serving: Serving, http: Request) -> Response:
+    """What the engine is doing, for load balancers: SGLang's /v1/loads."""
+    load = _load(serving)
+    total = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_total_reqs", "num_used_tokens")}
+    aggregate = {f"total_{name.removeprefix('num_')}": value for name, value in total.items()}
+    aggregate["avg_token_usage"] = load["token_usage"]
+    now = datetime.now(UTC).isoformat()
+    return json_response({"timestamp": now, "dp_rank_count": 1, "loads": [load], "aggregate": aggregate})
+
+
+async def get_load(serving: Serving, http: Request) -> Response:
+    """The same in SGLang's older shape: a list with one entry."""
+    load = _load(serving)
+    entry = {
+        "dp_rank": 0,
+        "num_reqs": load["num_total_reqs"],
+        "num_waiting_reqs": load["num_waiting_reqs"],
+        "num_tokens": load["num_used_tokens"],
+    }
+    return json_response([entry])

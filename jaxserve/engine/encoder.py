@@ -1,0 +1,280 @@
+"""Encoders (BERT): their programs, and their turn in place of engine.loop's. The pipe speaks the same words."""
+
+import functools
+import logging
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.config import ConfigError, EncoderConfig, EngineConfig
+from jaxserve.engine.build import Report, compile_progress, devices_of
+from jaxserve.engine.compile import CompileCounter, compile_all, enable_persistent_cache, precision
+from jaxserve.engine.executables import ExecutableStore
+from jaxserve.engine.weights import load_params
+from jaxserve.model.bert import EncoderShape, describe, encode
+from jaxserve.model.llama import Layout
+from jaxserve.model.sharding import Parameter, Params, make_mesh
+from jaxserve.scheduling.encoder import EncoderBatch, EncoderBucket, EncoderQueue, encoder_buckets
+from jaxserve.types import (
+    AbortRequests,
+    AddRequests,
+    Embedded,
+    EngineStats,
+    FinishReason,
+    FlushCache,
+    FromEngine,
+    Request,
+    StepEvents,
+    Stop,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+# Tokens of one program. On the CPU more would only make the next text wait longer.
+MAX_TOKENS = {"cpu": 512}
+MAX_TOKENS_ACCELERATOR = 16384
+# Options of decoders: of their cache, their sampling and their way of mixing work.
+_DECODERS_ONLY = (
+    *("max_total_tokens", "page_size", "schedule_policy", "disable_radix_cache", "mixed_chunk", "decode_log_interval"),
+    *("record_plans", "max_batch_running", "max_batch_prefill_tokens"),
+)
+
+
+class Vectors(Protocol):
+    """A batch in flight."""
+
+    def result(self) -> np.ndarray:
+        """[B, E] float32; waits."""
+        ...
+
+
+class Runner(Protocol):
+    """What the loop needs of EncoderRunner."""
+
+    def launch(self, batch: EncoderBatch) -> Vectors: ...
+
+
+class Handle:
+    def __init__(self, vectors: jax.Array):
+        self._vectors = vectors
+        vectors.copy_to_host_async()
+
+    def result(self) -> np.ndarray:
+        return np.asarray(self._vectors)
+
+
+class EncoderRunner:
+    """Owns parameters and executables, one for each bucket."""
+
+    def __init__(self, shape: EncoderShape, buckets: Sequence[EncoderBucket], replicated: NamedSharding):
+        self._shape, self._buckets, self._replicated = shape, tuple(buckets), replicated
+        self._programs: dict[EncoderBucket, Any] = {}
+        self._params: Params
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
+
+    def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
+        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
+        # The slowest first: the pool then ends evenly.
+        buckets = sorted(self._buckets, key=lambda b: -b.num_rows * b.num_tokens)
+        lowerings = {bucket: functools.partial(self._lower, params, bucket) for bucket in buckets}
+        store = None
+        if folder is not None:
+            store = ExecutableStore(folder, list(self._replicated.mesh.devices.flat), self._describe(params))
+            store.open()
+        with precision(params):
+            self._programs = compile_all(lowerings, progress, store)
+
+    def _lower(self, params: Params, bucket: EncoderBucket) -> Any:
+        batch = jax.ShapeDtypeStruct((bucket.num_rows, bucket.num_tokens + 1), jnp.int32, sharding=self._replicated)
+        function = functools.partial(encode, shape=self._shape)
+        return jax.jit(function, out_shardings=self._replicated, keep_unused=True).lower(params, batch)
+
+    def _describe(self, params: Params) -> str:
+        """All that the programs are made from, the same text in every process."""
+        arrays, tree = jax.tree.flatten(params)
+        described = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in arrays]
+        return repr((self._shape.config, self._shape.layout, self._buckets, described, str(tree)))
+
+    def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Take the parameters, and run every program once on padding."""
+        self._params = params
+        for done, bucket in enumerate(self._programs, start=1):
+            self.launch(EncoderBatch(bucket, ())).result()
+            progress(done, len(self._programs))
+
+    def launch(self, batch: EncoderBatch) -> Handle:
+        """Dispatches and returns."""
+        rows = np.zeros((batch.bucket.num_rows, batch.bucket.num_tokens + 1), np.int32)
+        for row, request in zip(rows, batch.requests, strict=False):
+            row[: len(request.token_ids)] = request.token_ids
+            row[-1] = len(request.token_ids)
+        return Handle(self._programs[batch.bucket](self._params, jax.device_put(rows, self._replicated)))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything the loop and the Ready message need."""
+
+    runner: EncoderRunner
+    buckets: tuple[EncoderBucket, ...]
+    max_len: int
+    dtype: str
+    counter: CompileCounter
+    platform: str
+    device_kind: str
+    notes: tuple[str, ...]
+
+
+def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) -> Encoder:
+    """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
+    counter = CompileCounter()
+    programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
+    enable_persistent_cache(os.path.join(programs, "xla"))
+    devices = devices_of(config)
+    platform = devices[0].platform
+    max_len = _max_len(config, model)
+    max_tokens = config.chunked_prefill_size or MAX_TOKENS.get(platform, MAX_TOKENS_ACCELERATOR)
+    buckets = encoder_buckets(max_len, max_tokens, config.max_running or max_tokens)
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    mesh = make_mesh(devices)
+    layout = Layout.of(platform)
+    structure, description = describe(model, jnp.dtype(dtype), mesh, layout)
+    runner = EncoderRunner(EncoderShape(model, layout, structure), buckets, NamedSharding(mesh, PartitionSpec()))
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        loading = pool.submit(load_params, config, model, description, report)
+        runner.compile(jax.tree.map(Parameter.abstract, description), compile_progress(report), folder=programs)
+        params = loading.result()
+    runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
+    return Encoder(runner, buckets, max_len, dtype, counter, platform, devices[0].device_kind, _notes(config))
+
+
+def _max_len(config: EngineConfig, model: EncoderConfig) -> int:
+    if config.max_model_len and config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the model's {model.max_position} positions"
+        )
+    return config.max_model_len or model.max_seq_len
+
+
+def _notes(config: EngineConfig) -> tuple[str, ...]:
+    defaults = EngineConfig(config.model_path, config.cache_dir)
+    given = [name for name in _DECODERS_ONLY if getattr(config, name) != getattr(defaults, name)]
+    return (f"options without effect on an encoder: {', '.join(given)}",) if given else ()
+
+
+class EncoderLoop:
+    """Receive, launch a batch, read the one before (overlap, unless that is switched off)."""
+
+    def __init__(
+        self,
+        buckets: Sequence[EncoderBucket],
+        runner: Runner,
+        inbox: "queue.SimpleQueue[ToEngine]",
+        send: Callable[[FromEngine], None],
+        *,
+        compilations: Callable[[], int],
+        overlap: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._queue = EncoderQueue(buckets)
+        self._runner, self._inbox, self._send = runner, inbox, send
+        self._compilations, self._overlap, self._clock = compilations, overlap, clock
+        self._running: dict[int, Request] = {}
+        self._prompt_tokens = self._steps = self._padding = self._tokens = 0
+        self.busy_since: float | None = None  # read by the watchdog's thread
+
+    def run(self) -> None:
+        """Until Stop."""
+        flight: tuple[EncoderBatch, Vectors] | None = None
+        while self._receive(wait=flight is None and not len(self._queue)):
+            self.busy_since = self._clock()
+            if flight is not None and not self._overlap:
+                self._answer(*flight)
+                flight = None
+            launched = None
+            if (batch := self._queue.take()) is not None:
+                launched = (batch, self._launch(batch))
+            if flight is not None:
+                self._answer(*flight)
+            flight = launched
+            self.busy_since = None
+
+    def _receive(self, *, wait: bool) -> bool:
+        """Take in everything that has arrived; False to stop."""
+        while True:
+            try:
+                message = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            wait = False
+            match message:
+                case AddRequests(requests):
+                    for request in requests:
+                        self._queue.add(request)
+                case AbortRequests(request_ids):
+                    running = [id_ for id_ in request_ids if self._running.pop(id_, None)]
+                    self._end([*running, *self._queue.remove(request_ids)], "abort")
+                case FlushCache():
+                    logger.debug("an encoder keeps no prefixes: nothing to flush")
+                case Stop():
+                    return False
+
+    def _launch(self, batch: EncoderBatch) -> Vectors:
+        self._running.update((request.id, request) for request in batch.requests)
+        num_tokens = sum(len(request.token_ids) for request in batch.requests)
+        self._steps += 1
+        self._prompt_tokens += num_tokens
+        self._tokens += num_tokens
+        self._padding += batch.bucket.num_rows * batch.bucket.num_tokens - num_tokens
+        logger.info(
+            "Embedding batch. #seq: %d, #token: %d, shape: %d x %d, #queue-req: %d, #cache_miss: %d",
+            len(batch.requests), num_tokens, batch.bucket.num_rows, batch.bucket.num_tokens, len(self._queue),
+            self._compilations(),
+        )  # fmt: skip
+        return self._runner.launch(batch)
+
+    def _answer(self, batch: EncoderBatch, flight: Vectors) -> None:
+        vectors = flight.result()
+        done = []
+        for row, request in enumerate(batch.requests):
+            if self._running.pop(request.id, None) is not None:  # else it was aborted meanwhile
+                self._send(Embedded(request.id, vectors[row].tobytes()))
+                done.append(request.id)
+        self._end(done, "stop")
+
+    def _end(self, request_ids: list[int], reason: FinishReason) -> None:
+        count = len(request_ids)
+        nothing = (None,) * count
+        self._send(
+            StepEvents(tuple(request_ids), nothing, (reason,) * count, (0,) * count, nothing, stats=self._stats())
+        )
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            num_pages=0,
+            num_held_pages=0,
+            num_cached_pages=0,
+            prompt_tokens_total=self._prompt_tokens,
+            cached_tokens_total=0,
+            generation_tokens_total=0,
+            preemptions_total=0,
+            steps_total=self._steps,
+            padding_tokens_total=self._padding,
+            step_tokens_total=self._tokens,
+            compilations_total=self._compilations(),
+        )
