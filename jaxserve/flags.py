@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from jaxserve import foreign_flags as foreign
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
-from jaxserve.foreign_flags import ATTENTION_BACKENDS, NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
+from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
 from jaxserve.version import __version__
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -80,17 +81,8 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _attention_backend(text: str) -> str:
-    value = text.lower()
-    if value not in (*_OUR_BACKENDS, *ATTENTION_BACKENDS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; {', '.join(_OUR_BACKENDS)} are")
-    return value
-
-
-_OUR_BACKENDS = ("auto", "pallas", "xla")
 _positive = _at_least(1)
 _port.__name__, _share.__name__, _seconds.__name__ = "port number", "number", "number"  # argparse prints these names
-_attention_backend.__name__ = "`auto`, `pallas`, `xla`"
 
 FLAGS: tuple[Flag, ...] = (
     Flag(
@@ -157,10 +149,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
     Flag(
-        ("--attention-backend",),
-        "engine.attention_backend",
-        "our kernels (TPU; interpreted and slow on CPU, for tests) or XLA's own; auto: pallas on TPU, xla elsewhere",
-        _attention_backend,
+        ("--attention-backend",), "engine.attention_backend", "auto: pallas on TPU, else xla", foreign.attention_backend
     ),
     Flag(
         ("--max-model-len", "--context-length"),
@@ -388,7 +377,7 @@ def parse(argv: Sequence[str]) -> Options:
     for target, value in targets.items():
         holder, name = target.split(".")
         values[holder][name] = value
-    warnings += _foreign_backend(values["engine"])
+    warnings += foreign.drop_foreign_backend(values["engine"])
     if "log_level" in values["server"]:
         values["engine"]["log_level"] = values["server"]["log_level"]
     launch = values["launch"]
@@ -485,15 +474,6 @@ def _file_argument(name: str, value: Any, names: set[str]) -> list[str]:
     if isinstance(value, list):
         return [name, *map(str, value)]
     return [f"{name}={value}"]
-
-
-def _foreign_backend(engine: dict[str, Any]) -> tuple[str, ...]:
-    """Another server's attention backend is dropped, with a warning."""
-    value = engine.get("attention_backend")
-    if value not in ATTENTION_BACKENDS:
-        return ()
-    del engine["attention_backend"]
-    return (f"--attention-backend {value} has no effect: it belongs to other servers; the choice here is auto",)
 
 
 def _check_others(given: Mapping[str, Any]) -> tuple[str, ...]:

@@ -95,7 +95,6 @@ SHAPES += [Shape(64, 16, 9, 3, "mixed", "bfloat16"), Shape(128, 64, 4, 4, "mixed
 TPU_SHAPES = [
     Shape(64, 16, 6, 2, "mixed"),  # K and V share lanes; blocks of 4 pages
     Shape(128, 64, 8, 1, "mixed", "bfloat16"),  # blocks of one page
-    Shape(80, 8, 1, 1, "prefill"),  # padded lanes
     Shape(256, 16, 2, 1, "decode"),  # two rows for K and for V
 ]
 CASES = [("xla", shape) for shape in SHAPES]

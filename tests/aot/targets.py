@@ -1,4 +1,5 @@
-"""The engine's own programs, compiled for TPUs that are not there: libtpu holds the compiler, topologies the targets."""
+"""The engine's own programs, compiled for TPUs that are not there: libtpu holds the compiler, its topologies are the
+targets."""
 
 import importlib.util
 import math
@@ -79,11 +80,12 @@ def target_of(
 ) -> Iterator[tuple[Target, dict[tuple[int, int], Bucket]]]:
     """What the engine would compile for some chips of a topology, and its buckets by (S, T).
 
+    The cache is too large for VMEM, where the compiler would otherwise be free to move it and back.
     num_layers: may be fewer than the model's; a step is as many copies of the same layer.
     """
     model = replace(model, num_layers=num_layers)
     mesh = make_mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:num_devices])
-    config = {"max_model_len": 8192, "max_running": 64, "max_total_tokens": 32768} | config
+    config = {"max_model_len": 8192, "max_running": 64, "max_total_tokens": 2**18} | config
     sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts("tpu", num_devices, None))
     dtype = jnp.dtype(sizes.dtype)
     structure, description = describe(model, dtype, mesh, "tpu")
