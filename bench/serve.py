@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import floor
@@ -62,6 +62,7 @@ class Load:
     seed: int = 0
     api_key: str | None = None
     timeout: float = 600.0  # seconds a request may take
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of every request
 
 
 @dataclass
@@ -150,7 +151,7 @@ def _payload(load: Load, prompt: str) -> bytes:
     said |= {"stream": True, "stream_options": {"include_usage": True}}
     if load.ignore_eos:
         said["ignore_eos"] = True
-    return json.dumps(said).encode()
+    return json.dumps(said | dict(load.extra)).encode()
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -52,6 +52,9 @@ _EXTRA_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -159,6 +162,7 @@ def _copy_extra_files(folder: str, dst: str) -> None:
         raise CheckpointError(f"{folder} has no config.json to copy beside the converted weights")
     for name in _EXTRA_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):
+            os.makedirs(os.path.dirname(os.path.join(dst, name)), exist_ok=True)
             shutil.copyfile(path, os.path.join(dst, name))
 
 

@@ -12,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -26,12 +27,15 @@ from jaxserve.types import (
     FinishReason,
     FlushCache,
     FromEngine,
+    ProfileReport,
     Progress,
     PromptLogprobs,
     Ready,
     Request,
+    StartProfile,
     StepEvents,
     Stop,
+    StopProfile,
     ToEngine,
     TokenLogprobs,
 )
@@ -176,6 +180,7 @@ class EngineClient:
         self._streams: dict[int, RequestStream] = {}
         self._last_id = 0
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._profiling: deque[asyncio.Future[ProfileReport]] = deque()  # answered in order
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._settled = asyncio.Event()  # ready or failed
@@ -256,6 +261,14 @@ class EngineClient:
         """Ask the engine to drop every prefix that no running request holds."""
         self._outbox.put(FlushCache())
 
+    async def profile(self, command: StartProfile | StopProfile) -> ProfileReport:
+        """Start or stop a profile; returns when the engine has done it. Raises EngineUnavailable."""
+        self.check_capacity(0)
+        waiting: asyncio.Future[ProfileReport] = asyncio.get_running_loop().create_future()
+        self._profiling.append(waiting)
+        self._outbox.put(command)
+        return await waiting
+
     async def close(self, timeout: float = 5.0) -> None:
         """Send Stop, wait up to timeout seconds for the engine to hang up, close the pipe.
 
@@ -299,6 +312,9 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._end(EngineUnavailable(self._why_unavailable()))
+        for waiting in self._profiling:
+            if not waiting.done():
+                waiting.set_exception(EngineUnavailable(self._why_unavailable()))
 
     # In the event loop
 
@@ -314,6 +330,9 @@ class EngineClient:
                     stream.vector = vector
             case Progress():
                 self.progress = message
+            case ProfileReport():
+                if self._profiling and not (waiting := self._profiling.popleft()).done():
+                    waiting.set_result(message)
             case Ready():
                 self.ready = message
                 self._settled.set()

@@ -259,6 +259,8 @@ class ServerConfig:
     max_body_size: int = 32  # MiB of one request body
     tokenizer_path: str | None = None  # local folder; None: the model's own
     chat_template: str | None = None  # path of a Jinja file, used instead of the model's own
+    tool_call_parser: Literal["auto", "hermes", "llama3", "pythonic", "none"] = "auto"  # how the model writes calls
+    reasoning_parser: Literal["auto", "deepseek-r1", "qwen3", "none"] = "auto"  # whether it begins with <think>
     sampling_defaults: Literal["model", "openai"] = "model"  # generation_config.json, or temperature 1 and top_p 1
     stream_interval: int = 1  # tokens per streamed chunk, at least
     enable_cache_report: bool = True  # usage.prompt_tokens_details.cached_tokens

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jaxserve import foreign_flags as foreign
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
+from jaxserve.flag_values import at_least, port, positive, seconds, share
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
 from jaxserve.version import __version__
 
@@ -49,41 +50,6 @@ class Flag:
     inverted: bool = False  # a switch that sets its target to False
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is too small; at least {low} is needed")
-        return value
-
-    number.__name__ = "integer"
-    return number
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{value} is not a port; ports are 0 (any free one) to 65535")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share of memory; it must be above 0 and at most 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds; 0 or more is needed")
-    return value
-
-
-_positive = _at_least(1)
-_port.__name__, _share.__name__, _seconds.__name__ = "port number", "number", "number"  # argparse prints these names
-
 FLAGS: tuple[Flag, ...] = (
     Flag(
         ("--model", "--model-path"),
@@ -109,6 +75,18 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(("--chat-template",), "server.chat_template", "Jinja file to use instead of the model's own template"),
     Flag(
+        ("--tool-call-parser",),
+        "server.tool_call_parser",
+        "how the model writes tool calls; auto: as its chat template says; none: requests with tools are refused",
+        choices=("auto", "hermes", "llama3", "pythonic", "none"),
+    ),
+    Flag(
+        ("--reasoning-parser",),
+        "server.reasoning_parser",
+        "thinking in <think> tags; auto: where the chat template knows them; deepseek-r1: also without the first tag",
+        choices=("auto", "deepseek-r1", "qwen3", "none"),
+    ),
+    Flag(
         ("--served-model-name",),
         "server.served_model_names",
         "names that clients may use (default: the model's)",
@@ -116,7 +94,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(("--allow-any-model",), "server.allow_any_model", "answer requests for other model names too, not 404", bool),
     Flag(("--host",), "server.host", "address to listen on; 0.0.0.0 for every interface"),
-    Flag(("--port",), "server.port", "port to listen on; 0 for any free one", _port),
+    Flag(("--port",), "server.port", "port to listen on; 0 for any free one", port),
     Flag(("--api-key",), "server.api_key", "key that clients must send as bearer token"),
     Flag(
         ("--admin-api-key",),
@@ -155,37 +133,37 @@ FLAGS: tuple[Flag, ...] = (
         ("--max-model-len", "--context-length"),
         "engine.max_model_len",
         "tokens of prompt and reply together (default: the model's, as far as memory allows)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--max-running-requests", "--max-num-seqs"),
         "engine.max_running",
         "sequences that are decoded together (default: by device)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--max-total-tokens",),
         "engine.max_total_tokens",
         "tokens that the KV cache holds (default: by memory)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--mem-fraction-static", "--gpu-memory-utilization"),
         "engine.mem_fraction",
         "share of device memory for weights, temporaries and KV cache; not used on CPU",
-        _share,
+        share,
     ),
     Flag(
         ("--page-size", "--block-size"),
         "engine.page_size",
         "tokens in a page of the KV cache (default: by device)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--chunked-prefill-size", "--max-num-batched-tokens"),
         "engine.chunked_prefill_size",
         "prompt tokens computed in one step; rounded up to a page (default: by device)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--schedule-policy",),
@@ -221,9 +199,9 @@ FLAGS: tuple[Flag, ...] = (
         ("--watchdog-timeout",),
         "engine.watchdog_timeout",
         "seconds a step may take before the server ends; 0: any",
-        _seconds,
+        seconds,
     ),
-    Flag(("--decode-log-interval",), "engine.decode_log_interval", "decode steps between two log lines", _positive),
+    Flag(("--decode-log-interval",), "engine.decode_log_interval", "decode steps between two log lines", positive),
     Flag(("--random-seed", "--seed"), "engine.random_seed", "of dummy weights", int),
     Flag(
         ("--record-plans",),
@@ -236,13 +214,13 @@ FLAGS: tuple[Flag, ...] = (
         "for parameters a request leaves out: generation_config.json, or OpenAI's",
         choices=("model", "openai"),
     ),
-    Flag(("--stream-interval",), "server.stream_interval", "tokens per streamed chunk, at least", _positive),
+    Flag(("--stream-interval",), "server.stream_interval", "tokens per streamed chunk, at least", positive),
     Flag(("--enable-cache-report",), "server.enable_cache_report", "cached_tokens in usage (on by default)", bool),
     Flag(
         ("--max-queued-requests",),
         "server.max_queued_requests",
         "requests that may wait before others get 503 (default: no limit)",
-        _at_least(0),
+        at_least(0),
     ),
     Flag(
         ("--file-storage-path", "--file-storage-pth", "--batch-storage-dir"),
@@ -253,27 +231,25 @@ FLAGS: tuple[Flag, ...] = (
         ("--batch-concurrency",),
         "server.batch_concurrency",
         "requests of batches at work at once (default: twice --max-running-requests)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--batch-max-running",),
         "engine.max_batch_running",
         "sequences of batches that are decoded together while interactive requests are there (default: a quarter of "
         "--max-running-requests, less one)",
-        _positive,
+        positive,
     ),
     Flag(
         ("--batch-max-prefill-tokens",),
         "engine.max_batch_prefill_tokens",
         "prompt tokens of batches in one step at such times; rounded up to a page (default: a quarter of "
         "--chunked-prefill-size)",
-        _positive,
+        positive,
     ),
     Flag(("--is-embedding",), "server.embedding_only", "serve embeddings only: chat and completions are a 400", bool),
-    Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", _positive),
-    Flag(
-        ("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", _seconds
-    ),
+    Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", positive),
+    Flag(("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", seconds),
     Flag(("--log-level",), "server.log_level", "of the server and the engine", choices=LOG_LEVELS),
     Flag(
         ("--log-level-http",), "server.log_level_http", "of the access log (default: --log-level)", choices=LOG_LEVELS

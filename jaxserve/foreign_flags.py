@@ -64,8 +64,6 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--speculative-config": ((), "speculative decoding is not there"),
     "--lora-paths": ((), "adapters are not there"),
     "--lora-modules": ((), "adapters are not there"),
-    "--tool-call-parser": ((), "tool calling is not there"),
-    "--reasoning-parser": ((), "reasoning is not split off"),
     "--json-model-override-args": (("{}",), "edit a copy of config.json instead"),
     "--hf-overrides": (("{}",), "edit a copy of config.json instead"),
     "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),

@@ -29,7 +29,7 @@ from jaxserve.flags import Options
 from jaxserve.progress import CLEAR_LINE, StageReporter
 from jaxserve.service import HttpService, Service, bind, open_store, tls_options
 from jaxserve.store import StoreError
-from jaxserve.text.chat_template import TemplateError
+from jaxserve.text.dialect import dialect_of
 from jaxserve.text.embed import matryoshka_sizes
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineFailed, Progress, Ready
@@ -244,7 +244,8 @@ class FrontEnd:
         if not options.server.served_model_names[1:] and options.server.served_model_names == (options.model,):
             names = tuple(dict.fromkeys((options.model, resolved.name)))
             config = replace(config, served_model_names=names)
-        self.serving.config = replace(config, model_path=resolved.folder)
+        profiles = config.profile_dir or os.path.join(options.cache_dir or "", "profiles")
+        self.serving.config = replace(config, model_path=resolved.folder, profile_dir=profiles)
         self.serving.matryoshka = matryoshka_sizes(resolved.folder)
         engine_config = EngineConfig(
             model_path=resolved.folder,
@@ -349,9 +350,13 @@ def load_tokenizer(model_folder: str, config: ServerConfig) -> Tokenizer:
     tokenizer = Tokenizer.from_folder(folder, chat_template=config.chat_template)
     if config.sampling_defaults == "openai":
         tokenizer.sampling_defaults = {}
-    if tokenizer.chat_template is not None:
-        with suppress(TemplateError):  # the first rendering imports transformers, which takes seconds
-            tokenizer.chat_template.render([{"role": "user", "content": "Hello"}])
+    # The first rendering imports transformers, which takes seconds.
+    dialect = dialect_of(tokenizer, config.tool_call_parser, config.reasoning_parser)
+    if config.tool_call_parser == "auto" and dialect.explained and dialect.with_tools.calls:
+        log.warning(
+            "The chat template describes tools in a format that is not known here; they are explained in Hermes' format"
+            " instead. --tool-call-parser names the format of a model that uses a known one."
+        )
     return tokenizer
 
 

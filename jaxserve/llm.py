@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,8 @@ from jaxserve.client import EngineClient, EngineUnavailable, shut_down
 from jaxserve.config import DEFAULT_MODEL, ConfigError, EngineConfig, default_cache_dir
 from jaxserve.progress import StageReporter
 from jaxserve.text.chat_template import TemplateError
-from jaxserve.text.generate import Delta, GenerateOptions, generate
+from jaxserve.text.embed import embed_all
+from jaxserve.text.generate import Delta, GenerateOptions, PromptLogprobs, generate
 from jaxserve.text.grammar import FIELDS, GrammarChecker, grammar_of
 from jaxserve.text.params import SamplingRequest, resolve_sampling
 from jaxserve.text.tokenizer import Tokenizer
@@ -53,6 +55,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     cached_tokens: int  # of the prompt, found in the prefix cache
     choices: tuple[Choice, ...]
+    prompt_logprobs: PromptLogprobs | None = None  # of each prompt token, when num_prompt_logprobs was given
 
     @property
     def text(self) -> str:
@@ -196,6 +199,26 @@ class LLM:
             raise ValueError(f"n is {len(job.params)}; a stream has one choice: leave n out, or use generate")
         return self._background.stream(self.tokenizer, job)
 
+    @overload
+    def embed(self, prompts: str) -> list[float]: ...
+    @overload
+    def embed(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[float]]: ...
+    @overload
+    def embed(self, prompts: Sequence[int]) -> list[float]: ...
+
+    def embed(self, prompts: Any) -> Any:
+        """The vector of a text (or of token ids), or of several at once: pooled as the model says, of length 1.
+
+        Raises ValueError for a prompt without tokens or longer than the context.
+        """
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        rows = [self._encode(prompt) for prompt in ([prompts] if one else prompts)]
+        for row in rows:
+            if not 1 <= len(row) <= self.ready.max_model_len:
+                raise ValueError(f"prompt has {len(row)} tokens; 1 to {self.ready.max_model_len} are allowed")
+        vectors = [array("f", each).tolist() for each in self._background.call(embed_all(self._client, rows))]
+        return vectors[0] if one else vectors
+
     def flush_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""
         self._client.flush_cache()
@@ -235,6 +258,8 @@ class LLM:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _job(self, prompt: tuple[int, ...], sampling: dict[str, Any]) -> _Job:
+        if not self.ready.generates:
+            raise ValueError(f"{self.model} is an encoder and generates no text; use embed()")
         names = (*_SAMPLING, "n", "stop", "include_stop", "skip_special_tokens", *FIELDS)
         _check_names("sampling option", sampling, names)
         named = dict(sampling)
@@ -364,7 +389,8 @@ async def _complete(client: EngineClient, tokenizer: Tokenizer, job: _Job) -> Co
     deltas: list[list[Delta]] = [[] for _ in job.params]
     async for index, delta in generate(client, tokenizer, job.prompt, job.params, job.options):
         deltas[index].append(delta)
-    return Completion(job.prompt, deltas[0][-1].cached_tokens, tuple(_join(each) for each in deltas))
+    first = deltas[0]
+    return Completion(job.prompt, first[-1].cached_tokens, tuple(map(_join, deltas)), first[0].prompt_logprobs)
 
 
 def _join(deltas: list[Delta]) -> Choice:

@@ -142,6 +142,20 @@ class FlushCache:
 
 
 @dataclass(frozen=True, slots=True)
+class StartProfile:
+    """Write a profile into folder, until StopProfile or for num_steps steps. Answered by a ProfileReport."""
+
+    folder: str
+    num_steps: int | None = None
+    python_stack: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopProfile:
+    """Answered by a ProfileReport when the profile is written."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End now; requests that are still running are dropped."""
 
@@ -180,6 +194,15 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileReport:
+    """What became of StartProfile or StopProfile. conflict: one ran already (in folder), or none did."""
+
+    folder: str | None
+    error: str | None
+    conflict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFailed:
     """The engine ends after this message. exit_code: 2 for what the user can mend (flags, files), 1 for a bug."""
 
@@ -187,5 +210,5 @@ class EngineFailed:
     exit_code: int = 1
 
 
-ToEngine = AddRequests | AbortRequests | FlushCache | Stop
-FromEngine = StepEvents | PromptLogprobs | Embedded | Progress | Ready | EngineFailed
+ToEngine = AddRequests | AbortRequests | FlushCache | StartProfile | StopProfile | Stop
+FromEngine = StepEvents | PromptLogprobs | Embedded | Progress | Ready | ProfileReport | EngineFailed

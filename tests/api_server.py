@@ -34,10 +34,11 @@ class ApiServer:
         engine: dict[str, Any] | None = None,
         store: Store | None = None,
         worker: dict[str, Any] | None = None,
+        tokenizer: Tokenizer = TOKENIZER,
         **config: Any,
     ):
-        self.store, self.worker_options = store, worker or {}
-        self.engine = ScriptedEngine(script or say(TOKENIZER, *(texts or ("hello world",))), **(engine or {}))
+        self.store, self.worker_options, self.tokenizer = store, worker or {}, tokenizer
+        self.engine = ScriptedEngine(script or say(tokenizer, *(texts or ("hello world",))), **(engine or {}))
         self.config = ServerConfig(**({"served_model_names": (MODEL,), "model_path": "/models/test"} | config))
         self.started = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
@@ -51,7 +52,7 @@ class ApiServer:
 
     async def _serve(self) -> None:
         self.client = EngineClient(self.engine.client_end)
-        self.app = create_app(self.client, self.config, TOKENIZER, self.store)
+        self.app = create_app(self.client, self.config, self.tokenizer, self.store)
         self.serving = self.app.state.serving
         worker = self.serving.batch_worker
         for name, value in self.worker_options.items():

@@ -8,6 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Self
@@ -22,11 +23,15 @@ from jaxserve.types import (
     EngineStats,
     FinishReason,
     FlushCache,
+    ProfileReport,
     Progress,
+    PromptLogprobs,
     Ready,
     Request,
+    StartProfile,
     StepEvents,
     Stop,
+    StopProfile,
     TokenLogprobs,
 )
 
@@ -53,6 +58,7 @@ class ScriptedEngine:
         vocab_size: int = 512,
         cached_tokens: Callable[[Request], int] = lambda request: 0,
         announce_ready: bool = True,
+        logprob: Callable[[Request, int], float] = lambda request, index: -0.1,
         embedding_size: int = 8,
         generates: bool = True,
     ) -> None:
@@ -61,12 +67,14 @@ class ScriptedEngine:
         self.batches: list[tuple[int, ...]] = []  # ids of each AddRequests
         self.aborted: list[int] = []
         self.num_flushes = 0
+        self.profile: str | None = None  # folder of the one that is being taken
         self.stopped = False
         self._script = script
         sizes = (max_model_len, 16, 100, 8, vocab_size)
         self._ready = Ready(*sizes, "cpu", "scripted", 1, "float32", 0, 0, 0.0, embedding_size, generates)
         self._cached_tokens = cached_tokens
         self._announce_ready = announce_ready
+        self._logprob = logprob
         self._running: dict[int, tuple[Request, int]] = {}
         self._steps = threading.Semaphore(0)
         self._held = threading.Event()
@@ -151,6 +159,12 @@ class ScriptedEngine:
                         self.send(self._events([(id_, None, "abort", 0, None) for id_ in known]))
                 case FlushCache():
                     self.num_flushes += 1
+                case StartProfile(folder):
+                    self.send(ProfileReport(self.profile or folder, None, conflict=self.profile is not None))
+                    self.profile = self.profile or folder
+                case StopProfile():
+                    self.send(ProfileReport(self.profile, None, conflict=self.profile is None))
+                    self.profile = None
                 case Stop():
                     self.stopped = True
 
@@ -163,19 +177,37 @@ class ScriptedEngine:
                 self.send(Embedded(request.id, vector.tobytes()))
                 rows.append((request.id, None, "stop", 0, None))
                 continue
-            token = self._script(request, index)
             params = request.params
+            if not index and params.num_prompt_logprobs is not None:
+                self._tell_prompt(request, params.num_prompt_logprobs)
+            if params.max_tokens == 0:
+                del self._running[request.id]
+                rows.append((request.id, None, "length", self._cached_tokens(request), None))
+                continue
+            token = self._script(request, index)
             reason: FinishReason | None = None
             if token in params.stop_token_ids and index >= params.min_tokens:
                 reason = "stop"
             elif index + 1 >= params.max_tokens:
                 reason = "length"
-            rows.append((request.id, token, reason, self._cached_tokens(request), logprobs_of(request, token)))
+            told = self._logprobs_of(request, index, token)
+            rows.append((request.id, token, reason, self._cached_tokens(request), told))
             if reason is None:
                 self._running[request.id] = (request, index + 1)
             else:
                 del self._running[request.id]
         return self._events(rows)
+
+    def _tell_prompt(self, request: Request, num_top: int) -> None:
+        """In two parts, as a prompt of two chunks would be."""
+        scores = [None, *(prompt_score(request, at, num_top) for at in range(1, len(request.token_ids)))]
+        half = len(scores) // 2
+        for first, stop in ((0, half), (half, len(scores))):
+            self.send(PromptLogprobs(request.id, first, tuple(scores[first:stop])))
+
+    def _logprobs_of(self, request: Request, index: int, token: int) -> TokenLogprobs | None:
+        told = logprobs_of(request, token)
+        return None if told is None else replace(told, logprob=self._logprob(request, index))
 
     def _events(self, rows: list[tuple]) -> StepEvents:
         stats = EngineStats(len(self._running), 0, 100, len(self._running), 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -198,6 +230,13 @@ def logprobs_of(request: Request, token: int) -> TokenLogprobs | None:
     return TokenLogprobs(-0.1, tuple(token + n for n in range(wanted)), tuple(-0.1 * (n + 1) for n in range(wanted)))
 
 
+def prompt_score(request: Request, at: int, num_top: int) -> TokenLogprobs:
+    """Token number at of a prompt, a quarter of a nat less likely than the one before; num_top others are likelier."""
+    token = request.token_ids[at]
+    others = range(1, num_top + 1)
+    return TokenLogprobs(-at / 4, tuple(token + n for n in others), tuple(-0.01 * n for n in others), rank=at + 20)
+
+
 def say(tokenizer, *texts: str) -> Script:
     """A script that says texts[choice] and then the end-of-sequence token."""
     scripts = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_ids[0]] for text in texts]
@@ -209,8 +248,13 @@ def say(tokenizer, *texts: str) -> Script:
     return script
 
 
-def write_byte_level(folder: Path, *, bos: bool = False) -> str:
-    """A tokenizer of GPT-2's kind (as SmolLM2, Llama 3): 256 bytes, some merges, ChatML. -> the folder as str."""
+def write_byte_level(
+    folder: Path, *, bos: bool = False, chat_template: str = CHATML, special: tuple[str, ...] = ()
+) -> str:
+    """A tokenizer of GPT-2's kind (as SmolLM2, Llama 3): 256 bytes, some merges, ChatML, further special tokens.
+
+    -> the folder as str.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: index for index, token in enumerate([*specials, *alphabet])}
@@ -223,11 +267,12 @@ def write_byte_level(folder: Path, *, bos: bool = False) -> str:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     backend.add_tokens([AddedToken("<tool>", special=False)])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", 0)]
         )
-    return _write(folder, backend, bos="<|endoftext|>", eos="<|im_end|>", chat_template=CHATML)
+    return _write(folder, backend, bos="<|endoftext|>", eos="<|im_end|>", chat_template=chat_template)
 
 
 def write_sentencepiece(folder: Path) -> str:

@@ -1,14 +1,17 @@
 """Routes for whoever runs the server: ends of running requests, loads, keys."""
 
 import json
+import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests.api_server import MODEL, ApiServer, error_of
+from tests.real_engines import RealServer, eventually
 from tests.test_api_life import ENDLESS, slowly, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -105,3 +108,35 @@ def test_loads_count_what_runs(server):
     ]
     server.post("/abort_request", {"rid": "loaded"})
     asking.result()
+
+
+def test_profiles_start_and_stop_once_and_stay_below_their_folder(tmp_path):
+    root = tmp_path / "profiles"
+    with ApiServer("x", profile_dir=str(root)) as server:
+        assert error_of(server.post("/stop_profile"), 409)["code"] == "profile_conflict"
+        for path in ("../x", "/tmp/x", "", ".", "a/../../x", "a\0b", "x" * 5000):
+            assert error_of(server.post("/start_profile", {"output_dir": path}), 400)["param"] == "output_dir"
+        wrong = ({"num_steps": 0}, {"num_steps": "3"}, {"with_stack": 1}, {"start_step": 2}, {"profile_by_stage": True})
+        for body in wrong:
+            assert error_of(server.post("/start_profile", body), 400)["param"] == next(iter(body))
+        for start in ({}, {"output_dir": "a/b"}, {"output_dir": str(root / "c"), "activities": ["CPU"]}):
+            begun = server.post("/start_profile", start).json()
+            assert begun["status"] == "started" and begun["folder"].startswith(str(root))
+            assert error_of(server.post("/start_profile"), 409)["code"] == "profile_conflict"
+            assert server.http.get("/stop_profile").json() == {"status": "stopped", "folder": begun["folder"]}
+    with ApiServer("x") as server:
+        assert error_of(server.post("/start_profile"), 503)["code"] == "storage_unavailable"
+
+
+def test_a_profile_of_the_real_engine_is_written_by_request_or_after_its_steps(live: RealServer):
+    begun = live.http.post("/start_profile", json={"num_steps": 3})
+    folder = Path(begun.json()["folder"])
+    assert error_of(live.http.post("/start_profile"), 409)
+    live.complete("Once upon a time", max_tokens=8, extra_body={"ignore_eos": True})
+    assert eventually(lambda: list(folder.rglob("*.xplane.pb")) != [], 30)
+    assert eventually(lambda: live.http.post("/stop_profile").status_code == 409, 10)
+    begun = live.http.post("/start_profile", json={"output_dir": folder.name + "-b"})
+    live.complete("Once upon a time", max_tokens=2)
+    folder = Path(live.http.post("/stop_profile").json()["folder"])
+    assert begun.json()["folder"] == str(folder) and list(folder.rglob("*.xplane.pb"))
+    shutil.rmtree(folder)

@@ -67,6 +67,7 @@ CHAT_FIELDS = [
     ("messages", [{"role": "tool", "content": "x", "tool_call_id": "1"}]),
     ("messages", [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]),
     ("max_completion_tokens", 0),
+    ("max_tokens", 0),
     ("logprobs", 1),
     ("top_logprobs", 21),
     ("top_logprobs", 2),
@@ -74,8 +75,8 @@ CHAT_FIELDS = [
     ("chat_template_kwargs", []),
     ("echo", True),
     ("best_of", 2),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "auto"),
+    ("functions", [{"name": "f"}]),
+    ("tools", [{"type": "function"}]),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("modalities", ["text", "audio"]),
 ]
@@ -98,7 +99,7 @@ COMPLETION_FIELDS = [
     ("logprobs", True),
     ("logprobs", 21),
     ("suffix", "x"),
-    ("best_of", 2),
+    ("best_of", 0),
     ("echo", "yes"),
     ("max_completion_tokens", 3),
 ]
@@ -111,7 +112,6 @@ COMMON_FIELDS = [
     ("n", "2"),
     ("n", True),
     ("n", 1.5),
-    ("max_tokens", 0),
     ("max_tokens", -5),
     ("max_tokens", 10**9),
     ("max_tokens", 10**30),
@@ -153,7 +153,9 @@ COMMON_FIELDS = [
     ("rid", ""),
     ("rid", "x" * 1000),
     ("use_beam_search", True),
-    ("prompt_logprobs", 1),
+    ("prompt_logprobs", -1),
+    ("prompt_logprobs", 21),
+    ("prompt_logprobs", True),
     ("lora_path", "x"),
     ("cache_salt", "x"),
 ]
@@ -225,7 +227,7 @@ def test_an_unknown_model_is_404_unless_any_is_allowed(server):
 
 def test_unknown_routes_and_methods_have_the_same_shape(server):
     assert error_of(server.http.get("/nope"), 404)["code"] == "not_found"
-    assert error_of(server.post("/v1/embeddings", {}), 404)["code"] == "not_found"
+    assert error_of(server.post("/v1/audio/speech", {}), 404)["code"] == "not_found"
     reply = server.http.get(CHAT)
     assert error_of(reply, 405)["code"] == "method_not_allowed" and reply.headers["allow"] == "POST"
 

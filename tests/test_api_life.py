@@ -1,6 +1,7 @@
 """Readiness, overload, clients that leave, and an engine that dies."""
 
 import json
+import re
 import time
 
 import httpx2
@@ -124,7 +125,10 @@ def test_native_routes_answer():
         assert error_of(server.post("/detokenize", {"tokens": [10**6]}), 400)["param"] == "tokens"
         assert server.post("/flush_cache").status_code == server.http.get("/flush_cache").status_code == 200
         server.engine.wait_until(lambda: server.engine.num_flushes == 2)
-        assert "/v1/chat/completions" in server.http.get("/openapi.json").json()["paths"]
+        document = server.http.get("/openapi.json")
+        assert "/v1/chat/completions" in document.json()["paths"]
+        known = document.json().get("components", {}).get("schemas", {})
+        assert set(re.findall(r'"#/components/schemas/(\w+)"', document.text)) <= set(known), "refers to nothing"
 
 
 def test_a_model_name_may_hold_slashes():

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,25 @@ def run_client(engine: ScriptedEngine, body, **options) -> None:
 
     with engine:
         asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_a_prompt_tells_is_complete_before_its_first_token():
+    async def body(client: EngineClient) -> None:
+        params = SamplingParams(max_tokens=2, seed=0, num_prompt_logprobs=2)
+        prompt = tuple(range(9))
+        scored, ended = client.submit(
+            [
+                Request(client.next_id(), prompt, params),
+                Request(client.next_id(), prompt, replace(params, max_tokens=0)),
+            ]
+        )
+        await scored.wait()
+        assert [item and item.logprob for item in scored.prompt_logprobs] == [None, *(-at / 4 for at in range(1, 9))]
+        assert len(await read(scored)) == 2
+        assert await read(ended) == [None] and ended.prompt_logprobs == scored.prompt_logprobs
+        await ended.wait()  # returns at the end, too
+
+    run_client(ScriptedEngine(count_up), body)
 
 
 async def read(stream) -> list[int]:

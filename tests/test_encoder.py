@@ -11,6 +11,7 @@ import pytest
 import tiny_bert
 from engines import cache_folder, quiet
 
+from checkpoints.convert import convert_path
 from jaxserve.config import ConfigError, EngineConfig, pooling_of
 from jaxserve.engine.encoder import EncoderLoop, build_encoder
 from jaxserve.engine.main import run
@@ -216,6 +217,22 @@ def test_weights_may_be_random_and_the_length_is_the_models_or_the_flags(tmp_pat
     assert abs(float(np.linalg.norm(vector)) - 1) < 1e-5
     with pytest.raises(ConfigError, match="--max-model-len 65"):
         build_encoder(EngineConfig(str(tmp_path), cache_folder(), max_model_len=65), model, quiet)
+
+
+def test_a_converted_encoder_is_the_same(tmp_path):
+    source, converted = tmp_path / "source", tmp_path / "converted"
+    weights = tiny_bert.write_tiny_bert(source, pooling="cls_token", rename=RENAMED["below a head"])
+    (source / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    (source / "modules.json").write_text("[]")
+    convert_path(str(source), str(converted), progress=lambda *_: None)
+    config = EngineConfig(str(converted), cache_folder(), max_running=1)
+    model = read_encoder_config(config)
+    assert model is not None and model == read_encoder_config(EngineConfig(str(source), ""))
+    assert (model.pooling, model.max_seq_len) == ("cls", 16) and (converted / "modules.json").is_file()
+    engine = build_encoder(config, model, quiet)
+    vector = engine.runner.launch(EncoderBatch(EncoderBucket(1, 16), (request(0, 9),))).result()[0]
+    expected = tiny_bert.forward(weights, list(request(0, 9).token_ids), pooling="cls")
+    np.testing.assert_allclose(vector, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from checkpoints.hub import ResolvedModel
 from jaxserve.client import EngineUnavailable
 from jaxserve.config import ConfigError
 from jaxserve.llm import LLM
+from jaxserve.text.grammar import json_object, regex
 from jaxserve.text.params import ParameterError
 from jaxserve.text.tokenizer import Tokenizer
-from tests.fakes import ScriptedEngine, say, write_byte_level
+from tests.fakes import ScriptedEngine, say, vector_of, write_byte_level
 
 
 @pytest.fixture
@@ -45,6 +46,31 @@ def test_one_prompt_gives_a_completion_and_several_a_list(start):
     assert [each.text for each in llm.generate(["a", "b", "c"])] == ["hello"] * 3
     assert llm.generate([5, 6]).prompt_token_ids == (5, 6)
     assert [each.prompt_token_ids for each in llm.generate([[5], [6, 7]])] == [(5,), (6, 7)]
+
+
+def test_prompts_are_scored_and_texts_become_vectors(start):
+    llm, engine = start("hello")
+    done = llm.generate("say hello", num_prompt_logprobs=1, max_tokens=0, n=2)
+    assert done.finish_reason == "length" and done.text == "" and done.token_ids == ()
+    assert [item and item.logprob for item in done.prompt_logprobs] == [
+        None,
+        *(-at / 4 for at in range(1, len(done.prompt_token_ids))),
+    ]
+    assert llm.generate("say").prompt_logprobs is None
+    texts = ["hello", "é"]
+    vectors = llm.embed(texts)
+    assert vectors == [
+        pytest.approx(vector_of(llm.tokenizer.encode(text, add_special_tokens=True), 8)) for text in texts
+    ]
+    assert llm.embed("hello") == vectors[0] and llm.embed([5, 6]) == llm.embed([[5, 6]])[0]
+    assert [request.task for request in engine.requests[-2:]] == ["embed", "embed"]
+    for wrong in ("", [], [3] * 8193):
+        with pytest.raises(ValueError, match="1 to 8192"):
+            llm.embed([wrong])
+    with pytest.raises(ParameterError, match="prompt_logprobs"):
+        llm.generate("x", num_prompt_logprobs=21)
+    with pytest.raises(ParameterError, match="max_tokens"):
+        llm.generate("x", max_tokens=0)
 
 
 def test_chat_renders_the_template(start):
@@ -84,6 +110,25 @@ def test_wrong_options_are_named(start):
     assert engine.requests == []
 
 
+def test_one_text_gives_a_vector_and_several_a_list(start):
+    llm, engine = start("hello", max_model_len=20)
+    ids = llm.tokenizer.encode("a b", add_special_tokens=True)
+    vector = llm.embed("a b")
+    assert vector == pytest.approx(vector_of(ids, 8), abs=1e-7) and llm.embed(ids) == vector
+    assert llm.embed(["a b", "c"])[0] == vector == llm.embed([ids])[0]
+    assert {request.task for request in engine.requests} == {"embed"}
+    for wrong in ("", [1] * 21, ["a", ""]):
+        with pytest.raises(ValueError, match="1 to 20"):
+            llm.embed(wrong)
+
+
+def test_an_encoder_generates_nothing(start):
+    llm, _ = start("hello", generates=False)
+    assert len(llm.embed("a")) == 8
+    with pytest.raises(ValueError, match="encoder"):
+        llm.generate("a")
+
+
 def test_closing_ends_the_engine_and_further_calls_say_so(start):
     llm, engine = start("hello")
     with llm:
@@ -119,3 +164,15 @@ def test_a_failed_start_raises_with_the_engines_words(start, monkeypatch, exit_c
     with pytest.raises(kind, match="too little memory"):
         start("hello", announce_ready=False)
     assert time.monotonic() - before < 5
+
+
+def test_the_form_of_the_answer_is_asked_for_by_the_same_names_as_over_http(start):
+    llm, engine = start("hello")
+    llm.generate(["a", "b"], regex="a+")
+    llm.chat("hi", response_format={"type": "json_object"})
+    assert [request.grammar for request in engine.requests] == [regex("a+"), regex("a+"), json_object()]
+    with pytest.raises(ParameterError, match="regex cannot be enforced: .*unclosed"):
+        llm.generate("a", regex="[")
+    with pytest.raises(ParameterError, match="one of them"):
+        llm.generate("a", regex="a", guided_choice=["b"])
+    assert len(engine.requests) == 3

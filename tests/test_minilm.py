@@ -65,8 +65,13 @@ def test_an_encoder_server_is_whole(server: RealServer):
     assert names == [MODEL]
     assert server.http.get("/get_model_info").json()["is_generation"] is False
     assert server.http.get("/health_generate").status_code == 200
+    for path in ("/v1/loads", "/get_load", "/get_server_info", "/metrics"):
+        assert server.http.get(path).status_code == 200, path
     with pytest.raises(openai.BadRequestError, match="its model is an encoder"):
         server.chat("hello")
+    for path, body in (("/generate", {"text": "hello"}), ("/v1/responses", {"model": MODEL, "input": "hello"})):
+        reply = server.http.post(path, json=body)
+        assert reply.status_code == 400 and "its model is an encoder" in reply.text, reply.text
     with pytest.raises(openai.BadRequestError, match="256"):
         embed(server, "word " * 300)
     with pytest.raises(openai.BadRequestError, match="384"):

@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -148,62 +149,26 @@ def test_more_clients_than_rows_are_all_served(live: RealServer):
     live.wait_idle()
 
 
-def test_the_notebooks_calls_work_as_they_are_written(live: RealServer):
-    with openai.Client(base_url=f"{live.url}/v1", api_key="None", max_retries=0) as client:
-        response = client.chat.completions.create(
-            model=NOTEBOOK_MODEL,
-            messages=[
-                {"role": "system", "content": "You are a helpful AI assistant"},
-                {"role": "user", "content": "List 3 countries and their capitals."},
-            ],
-            temperature=0,
-            max_tokens=64,
-        )
-        assert response.model == NOTEBOOK_MODEL and response.object == "chat.completion"
-        assert response.choices[0].message.content and response.usage and response.usage.prompt_tokens > 20
-        stream = client.chat.completions.create(
-            model=NOTEBOOK_MODEL,
-            messages=[
-                {"role": "system", "content": "You are a knowledgeable historian who provides concise responses."},
-                {"role": "user", "content": "Tell me about ancient Rome"},
-                {"role": "assistant", "content": "Ancient Rome was a civilization centered in Italy."},
-                {"role": "user", "content": "What were their major achievements?"},
-            ],
-            temperature=0.3,
-            max_tokens=100,
-            top_p=0.95,
-            stop=["\n\n"],
-            presence_penalty=0.2,
-            frequency_penalty=0.2,
-            n=1,
-            seed=42,
-            stream=True,
-        )
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        assert text and "\n\n" not in text
-        whole = client.completions.create(
-            model=NOTEBOOK_MODEL,
-            prompt="List 3 countries and their capitals.",
-            temperature=0,
-            max_tokens=64,
-            n=1,
-            stop=None,
-        )
-        assert whole.object == "text_completion" and whole.choices[0].text
-        pieces = client.completions.create(
-            model=NOTEBOOK_MODEL,
-            prompt="Write a short story about a space explorer.",
-            temperature=0.7,
-            max_tokens=150,
-            top_p=0.9,
-            stop=["\n\n", "THE END"],
-            presence_penalty=0.3,
-            frequency_penalty=0.3,
-            n=1,
-            seed=123,
-            stream=True,
-        )
-        assert "\n\n" not in "".join(chunk.choices[0].text or "" for chunk in pieces)
+def test_a_chat_model_embeds_beside_its_chats(live: RealServer):
+    """Whole prompts, whatever the prefix cache holds, in chunks or not, alone or among others that generate."""
+    texts = ["The sea is blue.", "hello", "The sea is blue. " * 60, "The sea is blue."]
+    create: Any = live.client.embeddings.create
+    with ThreadPoolExecutor(3) as pool:
+        chats = [pool.submit(live.chat, "Count to ten.", max_tokens=24) for _ in range(3)]
+        together = create(model=live.model, input=texts)
+        assert all(chat.result().choices[0].message.content for chat in chats)
+    assert [item.index for item in together.data] == [0, 1, 2, 3]
+    vectors = np.array([item.embedding for item in together.data])
+    assert vectors.shape == (4, live.engine["embedding_size"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    alone = [create(model=live.model, input=text, encoding_format="float").data[0].embedding for text in texts]
+    np.testing.assert_allclose(vectors, np.array(alone), atol=1e-4)
+    np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-4)
+    assert vectors[0] @ vectors[1] < 0.999
+    ids = [live.tokenizer.encode(text, add_special_tokens=True) for text in texts]
+    assert together.usage.prompt_tokens == sum(map(len, ids))
+    by_ids = create(model=live.model, input=ids[:2])
+    np.testing.assert_allclose(np.array([item.embedding for item in by_ids.data]), vectors[:2], atol=1e-4)
 
 
 def test_models_and_health(live: RealServer):

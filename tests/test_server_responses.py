@@ -4,6 +4,7 @@ from typing import Any
 
 import anthropic
 import httpx2
+import pydantic
 import pytest
 
 from tests.real_engines import RealServer
@@ -57,3 +58,20 @@ def test_a_conversation_goes_on_and_its_beginning_is_cached(live: RealServer):
     assert second.usage.input_tokens_details.cached_tokens >= 16, "whole pages of the first turn"
     live.client.responses.delete(first.id)
     live.client.responses.delete(second.id)
+
+
+class City(pydantic.BaseModel):
+    name: str
+    capital: bool
+
+
+def test_a_typed_answer_is_what_its_schema_says(live: RealServer, claude: anthropic.Anthropic):
+    say = "Name a city, in JSON."
+    parsed = live.client.responses.parse(
+        model=live.model, input=say, text_format=City, temperature=0, max_output_tokens=60
+    )
+    assert isinstance(parsed.output_parsed, City) and parsed.status == "completed"
+    message = claude.messages.parse(
+        model=live.model, messages=[{"role": "user", "content": say}], max_tokens=60, output_format=City
+    )
+    assert isinstance(message.parsed_output, City) and message.stop_reason == "end_turn"

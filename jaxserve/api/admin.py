@@ -1,18 +1,22 @@
 """Routes for whoever runs the server: its load, its cache, and requests that shall end. SGLang's names."""
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from jaxserve.api.errors import invalid_request
+from jaxserve.api.errors import APIError, invalid_request, unavailable, unsupported
 from jaxserve.api.http import json_response, read_json
 from jaxserve.api.running import Caller
-from jaxserve.api.schema import as_invalid_request
+from jaxserve.api.schema import Refused, as_invalid_request, is_neutral
 from jaxserve.api.serving import Serving
+from jaxserve.types import ProfileReport, StartProfile, StopProfile
+
+MAX_PATH = 1000  # characters; file systems take 4096 bytes
 
 
 async def flush_cache(serving: Serving, http: Request) -> Response:
@@ -62,6 +66,66 @@ def _end(serving: Serving, chosen: Callable[[Caller], bool]) -> int:
     return len(callers)
 
 
+class ProfileRequest(BaseModel):
+    """SGLang's fields; each may be left out, and so may the body."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    output_dir: str | None = Field(None, description="a folder below --profile-dir (default: named by the time)")
+    num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps after which it ends by itself")
+    with_stack: bool | None = Field(None, description="Python's calls too")
+
+
+_PROFILE_FIELDS = {
+    "start_step": Refused("a profile starts at once"),
+    "profile_by_stage": Refused("steps of all kinds are in one profile", (False,)),
+}
+
+
+async def start_profile(serving: Serving, http: Request) -> Response:
+    """Begins a profile by jax.profiler, for TensorBoard or Perfetto: {"status", "folder"}; 409 while one is taken."""
+    body = await read_json(http, serving.config.max_body_size, may_be_empty=True)
+    serving.require_ready()
+    for name, rule in _PROFILE_FIELDS.items():
+        if (value := body.get(name)) is not None and not is_neutral(value, rule.neutral):
+            raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
+    try:
+        request = ProfileRequest.model_validate(body)
+    except ValidationError as error:
+        raise as_invalid_request(error, ProfileRequest) from None
+    folder = _profile_folder(serving.config.profile_dir, request.output_dir)
+    report = await serving.client.profile(StartProfile(folder, request.num_steps, bool(request.with_stack)))
+    return _profile_response(report, "started", f"a profile is being taken in {report.folder}; stop it first")
+
+
+async def stop_profile(serving: Serving, http: Request) -> Response:
+    """Ends the profile; returns when it is written -> {"status", "folder"}; 409 when none is being taken."""
+    serving.require_ready()
+    report = await serving.client.profile(StopProfile())
+    return _profile_response(report, "stopped", "no profile is being taken; it may have ended after its num_steps")
+
+
+def _profile_folder(root: str | None, wanted: str | None) -> str:
+    """Never outside of root, whoever asks: a key for profiles should not be a key for writing files."""
+    if root is None:
+        raise unavailable("This server has no folder for profiles; start it with --profile-dir.", "storage_unavailable")
+    root = os.path.realpath(root)
+    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if wanted is None else wanted
+    folder = os.path.realpath(os.path.join(root, name)) if "\0" not in name else ""
+    if not folder.startswith(root + os.sep) or len(folder) > MAX_PATH:
+        message = f"'output_dir' must name a folder below the server's folder for profiles (--profile-dir {root})."
+        raise invalid_request(message, "output_dir")
+    return folder
+
+
+def _profile_response(report: ProfileReport, status: str, conflict: str) -> Response:
+    if report.error is not None:
+        raise APIError(500, f"The profiler failed: {report.error}", code="profile_failed")
+    if report.conflict:
+        raise APIError(409, f"{conflict[0].upper()}{conflict[1:]}.", code="profile_conflict")
+    return json_response({"status": status, "folder": report.folder})
+
+
 def _load(serving: Serving) -> dict[str, Any]:
     _, ready = serving.require_ready()
     stats = serving.client.stats
@@ -77,7 +141,7 @@ def _load(serving: Serving) -> dict[str, Any]:
         "max_total_num_tokens": ready.num_pages * ready.page_size,
         "max_running_requests": ready.max_running,
         "token_usage": round(held / max(ready.num_pages, 1), 4),
-        "utilization": round(running / ready.max_running, 4),
+        "utilization": round(running / max(ready.max_running, 1), 4),
         "cache_hit_rate": round(cached / prompt, 4) if prompt else 0.0,
         "gen_throughput": round(serving.metrics.throughput.value(), 2),
     }

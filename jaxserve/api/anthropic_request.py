@@ -77,6 +77,7 @@ REFUSED_IN_MESSAGES: dict[str, Refused] = {
     "n": Refused("a message is one choice", (1,)),
     "logprobs": Refused("log-probabilities are not part of a message", (False,)),
     "top_logprobs": Refused("log-probabilities are not part of a message", (0,)),
+    "prompt_logprobs": Refused("log-probabilities are not part of a message"),
     "functions": Refused("functions are tools on this route", ([],)),
     "function_call": Refused("the field is called tool_choice on this route", ("none", "auto")),
     "stream_options": Refused("the usage is always part of a stream"),

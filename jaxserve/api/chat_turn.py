@@ -4,11 +4,12 @@ turn = await begin_turn(serving, request)       # every error of the client's is
 async for index, delta in turn.messages: ...    # text, reasoning and tool calls told apart
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from jaxserve.api.constraints import request_grammar
-from jaxserve.api.errors import invalid_request
+from jaxserve.api.constraints import turn_grammar
+from jaxserve.api.errors import invalid_request, unsupported
 from jaxserve.api.generation import (
     Deltas,
     Usage,
@@ -22,8 +23,12 @@ from jaxserve.api.generation import (
 from jaxserve.api.messages import plain_messages
 from jaxserve.api.schema import ChatRequest
 from jaxserve.api.serving import Serving
+from jaxserve.api.tools import ToolUse, read_tools
 from jaxserve.text.chat_template import TemplateError
+from jaxserve.text.dialect import Thinking, thinking_after
 from jaxserve.text.message import MessageDelta
+from jaxserve.text.message_parser import MessageParser, Reading
+from jaxserve.text.tool_messages import fit
 from jaxserve.types import SamplingParams
 
 MessageDeltas = AsyncGenerator[tuple[int, MessageDelta], None]
@@ -37,27 +42,54 @@ class ChatTurn:
     num_prompt: int  # tokens
     params: list[SamplingParams]  # one of each choice
     usage: Usage  # grows as messages is read
+    tools: ToolUse
     messages: MessageDeltas
+    prompt_ids: Sequence[int] = ()
 
 
 async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) -> ChatTurn:
     """Raises APIError, ParameterError. priority: 0 interactive, 1 batch."""
-    serving.require_ready()
+    tokenizer, _ = serving.require_ready()
     serving.check_model(request.model)
     serving.require_generating()
     num_logprobs = _num_logprobs(request)
-    prompt = await encode(serving, render(serving, request), "messages", add_special_tokens=False)
+    tools = _tools(serving, request)
+    text, thinking = _render(serving, request, tools)
+    prompt = await encode(serving, text, "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    wanted = sampling_request(request, max_tokens, num_logprobs)
+    wanted = sampling_request(request, max_tokens, num_logprobs, request.prompt_logprobs)
     params = resolve(serving, wanted, len(prompt), request.num_choices)
-    grammar = await request_grammar(serving, request)
-    after_text = bool(request.continue_final_message)
-    options = generate_options(request, after_text=after_text, priority=priority, grammar=grammar)
+    dialect = serving.dialect()
+    reading = dialect.reading(
+        tokenizer,
+        tools.names,
+        thinking=thinking,
+        separate=request.separate_reasoning is not False,
+        show=request.include_reasoning is not False,
+        stream=request.stream_reasoning is not False,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        one_call=not tools.parallel,
+    )
+    options = generate_options(
+        request,
+        after_text=bool(request.continue_final_message),
+        priority=priority,
+        grammar=await turn_grammar(serving, request, tools, thinking),
+        kept_special_ids=dialect.kept_ids(tokenizer, reading),
+    )
     deltas = deltas_of(serving, [prompt], [params], options)
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     usage = Usage(len(prompt), serving.config.enable_cache_report)
-    return ChatTurn(request, len(prompt), params, usage, _messages(deltas, usage))
+    return ChatTurn(request, len(prompt), params, usage, tools, _messages(deltas, usage, reading), prompt)
+
+
+def _tools(serving: Serving, request: ChatRequest) -> ToolUse:
+    tools = read_tools(request)
+    if tools.tools and serving.dialect().format is None:
+        message = "This server was started with --tool-call-parser none, so it cannot tell tool calls from text."
+        raise unsupported(message, "tools")
+    return tools
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
@@ -69,39 +101,68 @@ def _num_logprobs(request: ChatRequest) -> int | None:
 
 
 def render(serving: Serving, request: ChatRequest) -> str:
-    """messages -> the prompt, through the model's chat template.
+    """messages and tools -> the prompt, through the model's chat template.
 
     Raises APIError 400 with the template's own message.
     """
+    return _render(serving, request, _tools(serving, request))[0]
+
+
+def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str, Thinking]:
+    """-> (prompt, where it leaves the thinking)."""
     tokenizer, _ = serving.require_ready()
     messages = plain_messages(request.messages)
     proceed = bool(request.continue_final_message)
     if proceed and request.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt cannot both be true."
         raise invalid_request(message, "continue_final_message")
-    if proceed and messages[-1]["role"] != "assistant":
-        message = "continue_final_message needs an assistant message at the end of messages."
+    if proceed and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+        message = "continue_final_message needs an assistant message without tool calls at the end of messages."
         raise invalid_request(message, "continue_final_message")
     if tokenizer.chat_template is None:
         message = "This model has no chat template; start the server with --chat-template, or use /v1/completions."
         raise invalid_request(message, "messages", "no_chat_template")
     add = not proceed if request.add_generation_prompt is None else request.add_generation_prompt
     try:
-        return tokenizer.chat_template.render(
-            messages,
+        fitted, described = fit(serving.dialect(), messages, tools.tools)
+        prompt = tokenizer.chat_template.render(
+            fitted,
+            tools=described,
             add_generation_prompt=add,
             continue_final_message=proceed,
-            kwargs=request.chat_template_kwargs,
+            kwargs=_template_variables(serving, request),
+            prepared=True,
         )
     except TemplateError as error:
         raise invalid_request(f"The chat template refused the messages: {error}", "messages") from None
+    except RecursionError:
+        raise invalid_request("'tools' or the arguments of a tool call are nested too deeply.", "tools") from None
+    return prompt, thinking_after(prompt, messages[-1]["content"] if proceed else None)
 
 
-async def _messages(deltas: Deltas, usage: Usage) -> MessageDeltas:
+def _template_variables(serving: Serving, request: ChatRequest) -> dict[str, Any]:
+    """chat_template_kwargs, and reasoning_effort in the words that the template knows."""
+    given = request.chat_template_kwargs or {}
+    effort = request.reasoning_effort
+    if effort is None:
+        return given
+    known = serving.dialect().variables
+    if not known:
+        serving.fields.note("reasoning_effort")
+    values = {"reasoning_effort": effort, "enable_thinking": effort != "none", "thinking": effort != "none"}
+    return {name: value for name, value in values.items() if name in known} | given
+
+
+async def _messages(deltas: Deltas, usage: Usage, reading: Reading) -> MessageDeltas:
     """Counts what passes."""
+    parsers: dict[int, MessageParser] = {}
     try:
         async for index, delta in deltas:
             usage.add(0, index, delta, index == 0)
-            yield index, MessageDelta(delta, content=delta.text, finish_reason=delta.finish_reason)
+            parser = parsers.get(index) or parsers.setdefault(index, reading.parser())
+            message = parser.advance(delta)
+            if reading.splitter is not None:
+                usage.reasoning[index] = parser.reasoning_tokens
+            yield index, message
     finally:
         await deltas.aclose()

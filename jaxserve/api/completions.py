@@ -1,5 +1,6 @@
 """POST /v1/completions (OpenAI API reference, "Create completion")."""
 
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from jaxserve.api.constraints import request_grammar
-from jaxserve.api.errors import invalid_request, unsupported
+from jaxserve.api.errors import invalid_request
 from jaxserve.api.generation import (
     MAX_SEQUENCES,
     Deltas,
@@ -25,23 +26,27 @@ from jaxserve.api.generation import (
     with_errors,
 )
 from jaxserve.api.http import DONE, event
-from jaxserve.api.logprobs import CompletionLogprobs
+from jaxserve.api.logprobs import CompletionLogprobs, merged, prompt_logprobs_list
 from jaxserve.api.route import Route
 from jaxserve.api.schema import CompletionRequest, parse_request
 from jaxserve.api.serving import Serving
-from jaxserve.text.generate import Delta
+from jaxserve.text.generate import Delta, PromptLogprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, on this route only
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request, ready to run. echoes[p] is the text that the choices of prompt p begin with."""
+    """One request, ready to run. echoes[p] is the text that the choices of prompt p begin with.
+
+    For each prompt N = num_drawn choices are drawn, and the best num_choices of them are returned.
+    """
 
     request: CompletionRequest
     reply: Reply
     usage: Usage
     deltas: Deltas
+    prompts: list[list[int]]
     echoes: tuple[str, ...]
     num_logprobs: int | None
 
@@ -53,11 +58,15 @@ class Job:
     def num_choices(self) -> int:
         return self.request.num_choices
 
+    @property
+    def num_drawn(self) -> int:
+        return self.request.num_drawn
+
     def head(self) -> dict[str, Any]:
         return self.reply.head()
 
     def add_usage(self, index: int, delta: Delta) -> None:
-        self.usage.add(index // self.num_choices, index, delta, index % self.num_choices == 0)
+        self.usage.add(index // self.num_drawn, index, delta, index % self.num_drawn == 0)
 
 
 async def create_completion(serving: Serving, http: Request) -> Response:
@@ -74,8 +83,8 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     prompts = await _encode_prompts(serving, request)
     grammar = await request_grammar(serving, request)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    wanted = sampling_request(request, max_tokens, request.logprobs)
-    params = [resolve(serving, wanted, len(prompt), request.num_choices) for prompt in prompts]
+    wanted = sampling_request(request, max_tokens, _num_logprobs(request), _num_prompt_logprobs(request))
+    params = [resolve(serving, wanted, len(prompt), request.num_drawn, fewest_tokens=0) for prompt in prompts]
     num_prompt = sum(len(prompt) for prompt in prompts)
     echoes = _echoes(serving, request, prompts)
     usage = Usage(num_prompt, serving.config.enable_cache_report)
@@ -85,23 +94,32 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     log_request(serving, reply, request, params[0], num_prompt)
-    return Job(request, reply, usage, deltas, echoes, request.logprobs)
+    return Job(request, reply, usage, deltas, prompts, echoes, request.logprobs)
 
 
 def _check(request: CompletionRequest) -> None:
-    if request.best_of is not None and request.best_of != request.num_choices:
-        if request.best_of < request.num_choices:
-            raise invalid_request("best_of must not be smaller than n.", "best_of")
-        raise unsupported("best_of larger than n is not supported; ask for n choices and choose yourself.", "best_of")
-    if request.echo and request.logprobs is not None:
-        message = "echo together with logprobs needs log-probabilities of the prompt, which are not supported yet."
-        raise unsupported(message, "echo")
+    if request.num_drawn < request.num_choices:
+        raise invalid_request("best_of must not be smaller than n.", "best_of")
+    if request.num_drawn > request.num_choices and request.stream:
+        raise invalid_request("best_of larger than n cannot be streamed: the best is known at the end.", "best_of")
     prompt = request.prompt
     several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     num_prompts = len(prompt) if several else 1
-    if num_prompts * request.num_choices > MAX_SEQUENCES:
-        message = f"{num_prompts} prompts with n = {request.num_choices} are too many; prompts * n <= {MAX_SEQUENCES}."
-        raise invalid_request(message, "prompt")
+    if num_prompts * request.num_drawn > MAX_SEQUENCES:
+        what = "n" if request.num_drawn == request.num_choices else "best_of"
+        message = f"{num_prompts} prompts with {what} = {request.num_drawn} are too many; "
+        raise invalid_request(f"{message}prompts * {what} <= {MAX_SEQUENCES}.", "prompt")
+
+
+def _num_logprobs(request: CompletionRequest) -> int | None:
+    """best_of ranks by log-probability, so it needs them whether the reply has them or not."""
+    return 0 if request.logprobs is None and request.num_drawn > request.num_choices else request.logprobs
+
+
+def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
+    """Enough for the columns of an echo and for vLLM's list."""
+    asked = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    return max((count for count in asked if count is not None), default=None)
 
 
 async def _encode_prompts(serving: Serving, request: CompletionRequest) -> list[list[int]]:
@@ -146,17 +164,28 @@ def _echoes(serving: Serving, request: CompletionRequest, prompts: list[list[int
 def _columns(serving: Serving, job: Job) -> list[CompletionLogprobs]:
     tokenizer, _ = serving.require_ready()
     skip = job.request.skip_special_tokens is not False
-    return [CompletionLogprobs(tokenizer, skip, len(echo)) for echo in job.echoes for _ in range(job.num_choices)]
+    return [CompletionLogprobs(tokenizer, skip, len(echo)) for echo in job.echoes for _ in range(job.num_drawn)]
+
+
+def _echo_columns(job: Job, columns: CompletionLogprobs, index: int, delta: Delta) -> dict[str, list[Any]] | None:
+    """The echoed prompt's columns with the first delta of a choice, where they are asked for."""
+    if job.num_logprobs is None or not job.request.echo or delta.prompt_logprobs is None:
+        return None
+    prompt = index // job.num_drawn
+    return columns.add_prompt(job.echoes[prompt], job.prompts[prompt], delta.prompt_logprobs, job.num_logprobs)
 
 
 async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     columns = _columns(serving, job)
-    texts = [[echo] for echo in job.echoes for _ in range(job.num_choices)]
+    texts = [[echo] for echo in job.echoes for _ in range(job.num_drawn)]
     ends: list[Delta | None] = [None] * len(texts)
+    scores: list[PromptLogprobs | None] = [None] * len(texts)
     try:
         async for index, delta in job.deltas:
             job.add_usage(index, delta)
             texts[index].append(delta.text)
+            scores[index] = scores[index] or delta.prompt_logprobs
+            _echo_columns(job, columns[index], index, delta)
             if job.num_logprobs is not None:
                 columns[index].add(delta.text, delta.token_ids, delta.logprobs or ())
             if delta.finish_reason is not None:
@@ -164,19 +193,43 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     finally:
         await job.deltas.aclose()
     choices = []
-    for index, end in enumerate(ends):
-        assert end is not None, "every choice ends with a finish reason"
-        choices.append(
-            {
-                "index": index,
-                "text": "".join(texts[index]),
-                "logprobs": None if job.num_logprobs is None else columns[index].columns,
-                "finish_reason": end.finish_reason,
-                "matched_stop": end.matched_stop,
-            }
-        )
+    for place, index in enumerate(_best(job, ends)):
+        end = ends[index]
+        assert end is not None
+        choice = {
+            "index": place,
+            "text": "".join(texts[index]),
+            "logprobs": None if job.num_logprobs is None else columns[index].columns,
+            "finish_reason": end.finish_reason,
+            "matched_stop": end.matched_stop,
+        }
+        if job.request.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = _prompt_logprobs(serving, job, index, scores[index])
+        choices.append(choice)
     tail = {"usage": job.usage.as_dict(), "system_fingerprint": None}
     return {**job.head(), "choices": choices, **tail}
+
+
+def _best(job: Job, ends: list[Delta | None]) -> list[int]:
+    """The choices that are returned, prompt by prompt: with best_of the likeliest by token first, else all in order."""
+    assert None not in ends, "every choice ends with a finish reason"
+    if job.num_drawn == job.num_choices:
+        return list(range(len(ends)))
+
+    def mean_logprob(index: int) -> float:
+        end = ends[index]
+        return -math.inf if end is None or end.mean_logprob is None else end.mean_logprob
+
+    drawn = [range(first, first + job.num_drawn) for first in range(0, len(ends), job.num_drawn)]
+    return [index for group in drawn for index in sorted(group, key=mean_logprob, reverse=True)[: job.num_choices]]
+
+
+def _prompt_logprobs(
+    serving: Serving, job: Job, index: int, scores: PromptLogprobs | None
+) -> list[dict[str, Any] | None]:
+    tokenizer, _ = serving.require_ready()
+    assert scores is not None and job.request.prompt_logprobs is not None, "they come with a choice's first delta"
+    return prompt_logprobs_list(tokenizer, job.prompts[index // job.num_drawn], scores, job.request.prompt_logprobs)
 
 
 def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
@@ -201,12 +254,12 @@ async def _chunks(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
         async for index, delta in job.deltas:
             job.add_usage(index, delta)
             parts, text = [], delta.text
-            logprobs = None
+            logprobs = _echo_columns(job, columns[index], index, delta)
             if job.num_logprobs is not None and delta.token_ids:
-                logprobs = columns[index].add(delta.text, delta.token_ids, delta.logprobs or ())
+                logprobs = merged(logprobs, columns[index].add(delta.text, delta.token_ids, delta.logprobs or ()))
             if index not in opened:
                 opened.add(index)
-                text = job.echoes[index // job.num_choices] + text
+                text = job.echoes[index // job.num_drawn] + text
             if text or logprobs is not None:
                 parts.append(chunk(index, text, logprobs))
             if delta.finish_reason is not None:

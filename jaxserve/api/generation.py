@@ -52,6 +52,7 @@ class Usage:
     prompt_tokens: int
     show_cached: bool
     completion: dict[int, int] = field(default_factory=dict)  # choice index -> tokens sampled so far
+    reasoning: dict[int, int] = field(default_factory=dict)  # choice index -> those of them that are thinking
     cached: dict[int, int] = field(default_factory=dict)  # prompt index -> tokens found in the prefix cache
 
     def add(self, prompt: int, index: int, delta: Delta, first_choice: bool) -> None:
@@ -62,15 +63,23 @@ class Usage:
     def as_dict(self) -> dict[str, Any]:
         completion = sum(self.completion.values())
         details = {"cached_tokens": sum(self.cached.values())} if self.show_cached else None
-        return {
+        value: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": details,
         }
+        if self.reasoning:
+            value["completion_tokens_details"] = {"reasoning_tokens": sum(self.reasoning.values())}
+        return value
 
 
-def sampling_request(request: GenerationRequest, max_tokens: int | None, num_logprobs: int | None) -> SamplingRequest:
+def sampling_request(
+    request: GenerationRequest,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None = None,
+) -> SamplingRequest:
     """The fields of both routes that decide how tokens are sampled, unchecked."""
     return SamplingRequest(
         max_tokens=max_tokens,
@@ -87,15 +96,21 @@ def sampling_request(request: GenerationRequest, max_tokens: int | None, num_log
         stop_token_ids=tuple(request.stop_token_ids) if request.stop_token_ids else None,
         ignore_eos=request.ignore_eos,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
 
 def generate_options(
-    request: GenerationRequest, *, after_text: bool, priority: int = 0, grammar: str | None = None
+    request: GenerationRequest,
+    *,
+    after_text: bool,
+    priority: int = 0,
+    grammar: str | None = None,
+    kept_special_ids: frozenset[int] = frozenset(),
 ) -> GenerateOptions:
     """after_text: the reply goes on with the prompt's text instead of beginning a message.
 
-    priority: 0 interactive, 1 batch.
+    priority: 0 interactive, 1 batch. kept_special_ids: not skipped whatever the request says.
     """
     skip = request.skip_special_tokens
     return GenerateOptions(
@@ -104,12 +119,15 @@ def generate_options(
         skip_special_tokens=True if skip is None else skip,
         after_text=after_text,
         priority=priority,
+        kept_special_ids=kept_special_ids,
         grammar=grammar,
     )
 
 
-def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int) -> list[SamplingParams]:
-    """One SamplingParams per choice. Raises ParameterError."""
+def resolve(
+    serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choices: int, *, fewest_tokens: int = 1
+) -> list[SamplingParams]:
+    """One SamplingParams per choice. fewest_tokens: 0 where max_tokens may be 0. Raises ParameterError."""
     tokenizer, ready = serving.require_ready()
     serving.require_generating()
     params = resolve_sampling(
@@ -118,6 +136,7 @@ def resolve(serving: Serving, wanted: SamplingRequest, num_prompt: int, num_choi
         num_prompt=num_prompt,
         max_model_len=ready.max_model_len,
         draw_seed=serving.draw_seed,
+        fewest_tokens=fewest_tokens,
     )
     return [replace(params, choice=choice) for choice in range(num_choices)]
 
@@ -240,7 +259,11 @@ def join(first: Delta, second: Delta) -> Delta:
     if first.logprobs is not None or second.logprobs is not None:
         logprobs = (first.logprobs or ()) + (second.logprobs or ())
     return replace(
-        second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids, logprobs=logprobs
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
     )
 
 

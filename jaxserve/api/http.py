@@ -21,8 +21,11 @@ DONE = b"data: [DONE]\n\n"
 MEBIBYTE = 1 << 20
 
 
-async def read_json(request: Request, max_mebibytes: int) -> dict[str, Any]:
-    """The body as a JSON object, whatever its content type says. Raises APIError 400 or 413."""
+async def read_json(request: Request, max_mebibytes: int, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """The body as a JSON object, whatever its content type says; {} for none, where that may be.
+
+    Raises APIError 400 or 413.
+    """
     limit = max_mebibytes * MEBIBYTE
     body = bytearray()
     async for chunk in request.stream():
@@ -30,6 +33,8 @@ async def read_json(request: Request, max_mebibytes: int) -> dict[str, Any]:
         if len(body) > limit:
             message = f"The request body is larger than {max_mebibytes} MiB (--max-body-size)."
             raise APIError(413, message, code="request_too_large")
+    if may_be_empty and not body:
+        return {}
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

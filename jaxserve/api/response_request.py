@@ -88,6 +88,7 @@ REFUSED_IN_RESPONSES: dict[str, Refused] = {
     "response_format": Refused("the field is called text.format on this route"),
     "reasoning_effort": Refused("the field is called reasoning.effort on this route"),
     "logprobs": Refused(f"ask with include: ['{LOGPROBS}'] on this route", (False,)),
+    "prompt_logprobs": Refused("log-probabilities of the prompt are not part of a response"),
     "n": Refused("a response is one choice", (1,)),
     "functions": Refused("functions are tools on this route", ([],)),
     "function_call": Refused("the field is called tool_choice on this route", ("none", "auto")),

@@ -11,7 +11,7 @@ Ranges are checked where the words become SamplingParams (text.params), so that 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -71,6 +71,7 @@ class GenerationRequest(BaseModel):
     no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # vLLM's
     rid: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # SGLang: becomes the reply's id
     request_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None  # vLLM's name for it
 
@@ -111,6 +112,13 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None  # read by api.tools, as the next two
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    separate_reasoning: bool | None = None  # SGLang: false leaves <think> ... </think> in the text
+    stream_reasoning: bool | None = None  # SGLang: false sends the thinking in one piece
+    include_reasoning: bool | None = None  # vLLM: false leaves the thinking out
 
 
 class CompletionRequest(GenerationRequest):
@@ -121,6 +129,11 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
+    @property
+    def num_drawn(self) -> int:
+        """Choices that are drawn for each prompt, of which the best n are returned."""
+        return self.num_choices if self.best_of is None else self.best_of
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -130,13 +143,11 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
-_TOOLS = Refused("tool calling is not supported yet", ([], "none"))
+_TOOLS = Refused("this is the older form; send tools and tool_choice", ([], "none", "auto"))
 _CACHE = Refused("separate prefix caches are not supported")
 _SAMPLER = "this sampler is not supported; temperature, top_k, top_p and min_p are"
 
 REFUSED: dict[str, Refused] = {
-    "tools": _TOOLS,
-    "tool_choice": _TOOLS,
     "functions": _TOOLS,
     "function_call": _TOOLS,
     "structural_tag": Refused("text that changes between free and constrained is not supported; a grammar can say it"),
@@ -145,7 +156,6 @@ REFUSED: dict[str, Refused] = {
     "web_search_options": Refused("this server does not search the web"),
     "moderation": Refused("this server does not moderate"),
     "suffix": Refused("text is generated after a prompt only, not between a prompt and a suffix", ("",)),
-    "prompt_logprobs": Refused("log-probabilities of the prompt are not supported yet", (False,)),
     "return_token_ids": Refused("token ids are not part of the reply", (False,)),
     "return_tokens_as_token_ids": Refused("token ids are not part of the reply", (False,)),
     "return_hidden_states": Refused("hidden states are not part of the reply", (False,)),
@@ -197,6 +207,8 @@ REFUSED_IN_COMPLETIONS: dict[str, Refused] = {
     "continue_final_message": Refused("only /v1/chat/completions has it", (False,)),
     "add_generation_prompt": Refused("only /v1/chat/completions has it"),
     "chat_template_kwargs": Refused("only /v1/chat/completions has it", ({},)),
+    "tools": Refused("only /v1/chat/completions has it", ([],)),
+    "tool_choice": Refused("only /v1/chat/completions has it", ("none", "auto")),
     "add_special_tokens": Refused("send token ids as the prompt to leave them out", (True,)),
 }
 
@@ -239,6 +251,8 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
     request = parse_fields(kind, body, refused, fields)
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options is only allowed together with stream: true.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid_request("prompt_logprobs are not part of a stream; ask without stream.", "prompt_logprobs")
     return request
 
 

@@ -13,6 +13,7 @@ from jaxserve.api.schema import FieldLog
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
 from jaxserve.store import Store
+from jaxserve.text.dialect import Dialect, dialect_of
 from jaxserve.text.grammar import GrammarChecker
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress, Ready
@@ -44,6 +45,7 @@ class Serving:
     _checker: GrammarChecker | None = None
     clock: Callable[[], float] = time.time
     draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
+    _dialect: Dialect | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -69,6 +71,13 @@ class Serving:
             raise unavailable(message, f"server_{stage['status']}", stage)
         assert self.tokenizer is not None and self.client.ready is not None
         return self.tokenizer, self.client.ready
+
+    def dialect(self) -> Dialect:
+        """How the model speaks, found out once. Raises APIError 503 until the tokenizer is loaded."""
+        tokenizer, _ = self.require_ready()
+        if self._dialect is None:
+            self._dialect = dialect_of(tokenizer, self.config.tool_call_parser, self.config.reasoning_parser)
+        return self._dialect
 
     @property
     def grammar_checker(self) -> GrammarChecker:

@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.profile import Profiler
 from jaxserve.progress import CLEAR_LINE
-from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, Stop, ToEngine
+from jaxserve.types import EngineFailed, FromEngine, Progress, Ready, StartProfile, Stop, StopProfile, ToEngine
 
 if TYPE_CHECKING:
     from jaxserve.config import EncoderConfig
@@ -51,10 +52,11 @@ def run(connection: Connection, config: EngineConfig, on_disconnect: Callable[[]
     from checkpoints.files import CheckpointError
 
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ToEngine, and what the loop sends itself
-    threading.Thread(target=_read, args=(connection, inbox, on_disconnect), name="inbox", daemon=True).start()
     send = _sender(connection)
+    profiler = Profiler(send)
+    threading.Thread(target=_read, args=(connection, inbox, profiler, on_disconnect), name="inbox", daemon=True).start()
     try:
-        loop, save_plans = _start(config, inbox, send)
+        loop, save_plans = _start(config, inbox, profiler.send)
         try:
             loop.run()
         finally:
@@ -179,11 +181,19 @@ def _start_encoder(
     return loop
 
 
-def _read(connection: Connection, inbox: "queue.SimpleQueue[Any]", on_disconnect: Callable[[], None] | None) -> None:
+def _read(
+    connection: Connection,
+    inbox: "queue.SimpleQueue[Any]",
+    profiler: Profiler,
+    on_disconnect: Callable[[], None] | None,
+) -> None:
     try:
         while True:
             message = connection.recv()
-            inbox.put(message)
+            if isinstance(message, StartProfile | StopProfile):
+                profiler.handle(message)
+            else:
+                inbox.put(message)
     except (EOFError, OSError):
         if on_disconnect is not None:
             on_disconnect()

@@ -38,11 +38,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: dict[str, Any] | None = None,
+        prepared: bool = False,
     ) -> str:
         """The prompt's text, special tokens written out (encode it with add_special_tokens=False).
 
         kwargs are further variables for the template (enable_thinking ...). Tool arguments given as JSON text are
-        parsed, as templates want them. The messages are not changed. Raises TemplateError.
+        parsed, as templates want them; prepared messages reach the template as they are. The messages are not
+        changed. Raises TemplateError.
         """
         if add_generation_prompt and continue_final_message:
             raise TemplateError(
@@ -58,7 +60,7 @@ class ChatTemplate:
         render, failures = _renderer()
         try:
             rendered, _ = render(
-                conversations=[_plain(messages)],
+                conversations=[copy.deepcopy(messages) if prepared else _plain(messages)],
                 tools=tools,
                 chat_template=source,
                 add_generation_prompt=add_generation_prompt,

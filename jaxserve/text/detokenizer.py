@@ -10,14 +10,22 @@ if TYPE_CHECKING:
 
 class Detokenizer:
     """One per text. after_text: the ids continue a text, so a space at their start stays (SentencePiece marks the first
-    word of a text with a space that is not part of it).
+    word of a text with a space that is not part of it). kept: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool, *, after_text: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        skip_special_tokens: bool,
+        *,
+        after_text: bool = False,
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
+        skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         if tokenizer.layout is None:
-            self._source: _Bytes | _Window = _Window(tokenizer, skip_special_tokens)
+            self._source: _Bytes | _Window = _Window(tokenizer, skipped)
         else:
-            self._source = _Bytes(tokenizer, skip_special_tokens, after_text)
+            self._source = _Bytes(tokenizer, skipped, after_text)
 
     def push(self, ids: Iterable[int]) -> str:
         """The characters that these ids complete; may be empty."""
@@ -36,11 +44,11 @@ class Detokenizer:
 class _Bytes:
     """Tokens are bytes (tokenizer.layout): an incremental UTF-8 decoder is all it takes."""
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool, after_text: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer", skipped: frozenset[int], after_text: bool) -> None:
         layout = tokenizer.layout
         assert layout is not None
         self._piece = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = 0 if after_text else layout.strip_start
         self._first_drops_spaces = layout.first_drops_spaces and not after_text
@@ -72,14 +80,14 @@ class _Bytes:
 class _Window:
     """Any other decoder: decode the ids since the last complete character, and give out what grew."""
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer", skipped: frozenset[int]) -> None:
         self._backend = tokenizer.backend
-        self._skip = skip_special_tokens
+        self._skipped = skipped
         self._ids: list[int] = []  # those before num_done are context: spacing depends on the word before
         self._num_done = 0
 
     def push(self, ids: Iterable[int]) -> str:
-        self._ids.extend(ids)
+        self._ids.extend(id_ for id_ in ids if id_ not in self._skipped)
         before, now = self._texts()
         if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
@@ -98,5 +106,5 @@ class _Window:
         return len(now) > len(before)
 
     def _texts(self) -> tuple[str, str]:
-        before = self._backend.decode(self._ids[: self._num_done], skip_special_tokens=self._skip)
-        return before, self._backend.decode(self._ids, skip_special_tokens=self._skip)
+        before = self._backend.decode(self._ids[: self._num_done], skip_special_tokens=False)
+        return before, self._backend.decode(self._ids, skip_special_tokens=False)

@@ -2,13 +2,15 @@
 reads."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.client import EngineClient, RequestStream, TokenEvent, merge
 from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.stop import StopMatcher
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, Request, SamplingParams, TokenLogprobs
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]  # one of each token; None for the first, which nothing precedes
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # the stop string or stop token that ended the text is part of it
     skip_special_tokens: bool = True
+    kept_special_ids: frozenset[int] = frozenset()  # special tokens that are part of the text all the same
     priority: int = 0  # 0 interactive, 1 batch
     grammar: str | None = None  # of text.grammar
     after_text: bool = False  # the output continues the prompt's text: a leading space that SentencePiece adds is kept
@@ -40,6 +43,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None  # the stop token's id or the stop string
     cached_tokens: int = 0  # of the prompt, from the prefix cache
+    prompt_logprobs: PromptLogprobs | None = None  # with the first delta of a choice, when asked for
+    mean_logprob: float | None = None  # of every token sampled so far, when log-probabilities are asked for
 
 
 async def generate(
@@ -52,16 +57,27 @@ async def generate(
     """Yields (choice index, delta) in the order of arrival; params [N], one of each choice, params[i].choice == i.
 
     Exactly one delta of a choice has a finish_reason, its last. Everything that arrived since the last read is one
-    delta. Closing the generator aborts the choices that have not ended. Raises EngineUnavailable, EngineOverloaded.
+    delta. Log-probabilities of the prompt are computed once, for params[0], and told to every choice. Closing the
+    generator aborts the choices that have not ended. Raises EngineUnavailable, EngineOverloaded.
     """
     tokens = tuple(prompt_ids)
     choices = [_Choice(tokenizer, each, options) for each in params]
-    requests = [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in params]
+    asked = [params[0], *(replace(each, num_prompt_logprobs=None) for each in params[1:])]
+    requests = [Request(client.next_id(), tokens, each, options.priority, grammar=options.grammar) for each in asked]
     streams = client.submit(requests, options.owner)
+    scored: PromptLogprobs | None = None
+    told: set[int] = set()
     try:
+        if params[0].num_prompt_logprobs is not None:
+            await streams[0].wait()
+            scored = tuple(streams[0].prompt_logprobs)
+            scored += (None,) * (len(tokens) - len(scored))  # it ended first: a grammar may allow no token at all
         async for index, events in merge(streams):
             delta = choices[index].advance(events, streams[index])
             if delta is not None:
+                if scored is not None and index not in told:
+                    told.add(index)
+                    delta = replace(delta, prompt_logprobs=scored)
                 yield index, delta
     finally:
         for stream in streams:
@@ -72,7 +88,9 @@ class _Choice:
     """The way of one choice's tokens to text. Positions count characters of its text, stop strings included."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, options: GenerateOptions) -> None:
-        self._detokenizer = Detokenizer(tokenizer, options.skip_special_tokens, after_text=options.after_text)
+        self._detokenizer = Detokenizer(
+            tokenizer, options.skip_special_tokens, after_text=options.after_text, kept=options.kept_special_ids
+        )
         self._matcher = StopMatcher(options.stop, options.include_stop)
         self._include_stop = options.include_stop
         self._every_token = options.every_token
@@ -82,6 +100,7 @@ class _Choice:
         self._num_decoded = 0
         self._num_emitted = 0
         self._num_tokens = 0
+        self._total_logprob = 0.0
 
     def advance(self, events: Sequence[TokenEvent], stream: RequestStream) -> Delta | None:
         """None when nothing is complete yet. A stop string aborts the stream."""
@@ -110,6 +129,7 @@ class _Choice:
             finish_reason=finish_reason,
             matched_stop=matched_stop,
             cached_tokens=events[0].cached_tokens,
+            mean_logprob=self._total_logprob / self._num_tokens if self._wants_logprobs and self._num_tokens else None,
         )
 
     def _take(self, event: TokenEvent) -> tuple[str, str | None]:
@@ -117,6 +137,7 @@ class _Choice:
         text = ""
         if event.token_id is not None:
             self._num_tokens += 1
+            self._total_logprob += event.logprobs.logprob if event.logprobs is not None else 0.0
             if event.finish_reason != "stop" or self._include_stop:
                 text = self._detokenizer.push((event.token_id,))
                 # A token that ends inside a character is complete with the next character.

@@ -289,9 +289,9 @@ def _check_length(text: str, param: str) -> None:
 
 
 def _readable(message: str) -> str:
-    """llguidance's message without its dumps of state, and cut."""
+    """llguidance's message on one line, without its dumps of state, and cut."""
     message = re.sub(r"^at \d+\(\d+\): ", "", message.partition("\n<state>")[0])
-    message = message.partition("\n   1 |")[0].strip()
+    message = " ".join(message.partition("\n   1 |")[0].split())
     unsupported = re.match(r"Unimplemented keys: \[(.*)\]$", message)
     if unsupported:
         return f"JSON Schema's {unsupported[1]} is not supported; leave it out or say it another way"

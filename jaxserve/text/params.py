@@ -41,6 +41,7 @@ class SamplingRequest:
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 def resolve_sampling(
@@ -50,13 +51,16 @@ def resolve_sampling(
     num_prompt: int,
     max_model_len: int,
     draw_seed: Callable[[], int],
+    fewest_tokens: int = 1,
 ) -> SamplingParams:
     """Explicit values, else tokenizer.sampling_defaults (generation_config.json), else OpenAI's. -> params of choice 0.
 
     num_prompt and max_model_len in tokens; draw_seed() -> 64 bits. max_tokens None: what is left of the context.
+    fewest_tokens: 0 where max_tokens may be 0, as it may whenever log-probabilities of the prompt are asked for.
     Raises ParameterError; one that is about the context has code "context_length_exceeded".
     """
-    max_tokens = _max_tokens(request.max_tokens, num_prompt, max_model_len)
+    fewest_tokens = fewest_tokens if request.num_prompt_logprobs is None else 0
+    max_tokens = _max_tokens(request.max_tokens, num_prompt, max_model_len, fewest_tokens)
     min_tokens = _integer("min_tokens", request.min_tokens, 0, low=0, high=max_tokens, advice="at most max_tokens")
     defaults = tokenizer.sampling_defaults
     top_k = _integer("top_k", request.top_k, int(defaults.get("top_k", 0)), low=-1, advice="-1 and 0 mean off")
@@ -75,22 +79,25 @@ def resolve_sampling(
         logit_bias=_logit_bias(request.logit_bias, tokenizer.vocab_size),
         min_tokens=min_tokens,
         stop_token_ids=_stop_token_ids(request, tokenizer),
-        num_logprobs=_num_logprobs(request.num_logprobs),
+        num_logprobs=_num_logprobs("top_logprobs", request.num_logprobs),
+        num_prompt_logprobs=_num_logprobs("prompt_logprobs", request.num_prompt_logprobs),
     )
 
 
-def _max_tokens(given: int | None, num_prompt: int, max_model_len: int) -> int:
+def _max_tokens(given: int | None, num_prompt: int, max_model_len: int, fewest: int) -> int:
     code = "context_length_exceeded"
     if num_prompt < 1:
         raise ParameterError("prompt has 0 tokens; give at least one", "prompt", "empty_prompt")
-    if num_prompt >= max_model_len:
+    fewest = fewest if given == 0 else 1
+    if num_prompt + fewest > max_model_len:
+        answer = ", at least one of them for the answer" if fewest else ""
         raise ParameterError(
-            f"prompt has {num_prompt} tokens; this model's maximum context length is {max_model_len} tokens, at least "
-            "one of them for the answer (--max-model-len); shorten the prompt",
+            f"prompt has {num_prompt} tokens; this model's maximum context length is {max_model_len} tokens{answer} "
+            "(--max-model-len); shorten the prompt",
             "prompt",
             code,
         )
-    max_tokens = _integer("max_tokens", given, max_model_len - num_prompt, low=1)
+    max_tokens = _integer("max_tokens", given, max_model_len - num_prompt, low=fewest)
     if num_prompt + max_tokens > max_model_len:
         raise ParameterError(
             f"prompt has {num_prompt} tokens and max_tokens is {max_tokens}, {num_prompt + max_tokens} together; this "
@@ -112,8 +119,8 @@ def _seed(given: int | None, draw_seed: Callable[[], int]) -> int:
     return _integer("seed", given, 0, low=-(2**63), high=2**64 - 1) & (2**64 - 1)
 
 
-def _num_logprobs(given: int | None) -> int | None:
-    return None if given is None else _integer("top_logprobs", given, 0, low=0, high=MAX_TOP_LOGPROBS)
+def _num_logprobs(param: str, given: int | None) -> int | None:
+    return None if given is None else _integer(param, given, 0, low=0, high=MAX_TOP_LOGPROBS)
 
 
 def _logit_bias(given: Mapping[Any, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
