@@ -4,7 +4,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke clients check docs lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke clients fuzz check docs lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -28,6 +28,7 @@ help:
 	@echo 'make test       the tests, with a tenth of the long random runs; make test-all: all of them; TESTS="tests/test_x.py"'
 	@echo 'make smoke      a few fast tests'
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
+	@echo 'make fuzz       ten minutes of random requests by schemathesis (SECONDS=60 for less)'
 	@echo 'make check      format, lint, types, walls'
 	@echo 'make docs       write docs/flags.md and the tables of refused fields in docs/api.md'
 	@echo 'make lock       resolve pyproject.toml into requirements/*.txt (LOCK="--upgrade" for newer versions)'
@@ -56,6 +57,9 @@ test-all: $(STAMP)
 smoke: $(STAMP)
 	$(pytest) tests/test_walls.py tests/test_flags.py tests/test_scheduler.py tests/test_pages.py tests/test_stop.py
 	@if grep -qs 'def test.*smoke' tests/test_engine.py; then $(pytest) tests/test_engine.py -k smoke; fi
+
+fuzz: $(STAMP)
+	@sh tools/fuzz.sh $(VENV) $(or $(SECONDS),600)
 
 clients: $(STAMP)
 	@sh tools/clients.sh $(VENV)

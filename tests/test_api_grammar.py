@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from jaxserve.text.finite import has_finite_instance
 from jaxserve.text.grammar import MAX_GRAMMAR_LENGTH, choice, ebnf, json_schema, lark, regex
 from tests.api_server import TOKENIZER, ApiServer, error_of
 
@@ -138,7 +139,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (schema(oneOf=[{"type": "string"}, {"type": "string", "maxLength": 3}]), None, "oneOf"),
     (schema(**{"$ref": "#/$defs/missing"}), None, "missing"),
     (schema(**{"$ref": "http://example.com/a"}), None, "example.com"),
-    (schema(**{"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}), None, "no answer"),
+    (schema(**{"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}), None, "endless"),
+    (schema(type="object", properties={"a": {"$ref": "#"}}, required=["a"]), None, "endless"),
     (schema(enum=[]), None, "Unsatisfiable"),
     (schema(type="integer", minimum=3, maximum=2), None, "Unsatisfiable"),
     (schema(allOf=[{"type": "string"}, {"type": "integer"}]), None, "Unsatisfiable"),
@@ -148,6 +150,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": [1]}, "json_schema", "an array"),
     ({"json_schema": True}, "json_schema", "True"),
     ({"json_schema": {"description": "x" * MAX_GRAMMAR_LENGTH}}, "json_schema", str(MAX_GRAMMAR_LENGTH)),
+    (
+        {"json_schema": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}}},
+        "json_schema",
+        "too big",
+    ),
     ({"guided_json": "3"}, "guided_json", "3"),
     ({"regex": "[ab"}, "regex", "unclosed"),
     ({"regex": r"(a)\1"}, "regex", "regex"),
@@ -297,3 +304,23 @@ def test_an_error_in_ebnf_says_where_it_is(server, text, said):
 def test_builders_for_other_rooms_are_plain_functions():
     assert json.loads(lark(LARK)) == {"grammars": [{"lark_grammar": LARK}]}
     assert accepts(choice(["a", "b"]), "a") and not accepts(choice(["a", "b"]), "c")
+
+
+LIST = {"type": "object", "properties": {"next": {"$ref": "#/$defs/l~1st"}, "v": {}}, "required": ["next"]}
+FINITE: list[tuple[dict[str, Any], bool]] = [
+    ({"$ref": "#/$defs/l~1st", "$defs": {"l/st": LIST}}, False),
+    ({"$ref": "#/$defs/l~1st", "$defs": {"l/st": {"anyOf": [LIST, {"type": "null"}]}}}, True),
+    ({"$ref": "#/$defs/l~1st", "$defs": {"l/st": LIST | {"required": ["v"]}}}, True),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}, False),
+    ({"type": "array", "items": {"$ref": "#"}}, True),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, False),
+    ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, True),  # it need not be an object
+    ({"type": "object", "properties": {"a": {"$ref": "#/properties/b"}, "b": {}}, "required": ["a"]}, True),
+    ({"anyOf": [{"$ref": "#"}, {"oneOf": [{"$ref": "#/anyOf/1"}]}]}, False),
+    ({"$ref": "#elsewhere"}, True),
+]
+
+
+@pytest.mark.parametrize(("given", "finite"), FINITE, ids=lambda value: str(value)[:60])
+def test_schemas_that_only_an_endless_value_satisfies_are_told_apart(given, finite):
+    assert has_finite_instance(given) == finite

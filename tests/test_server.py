@@ -149,64 +149,6 @@ def test_more_clients_than_rows_are_all_served(live: RealServer):
     live.wait_idle()
 
 
-def test_the_notebooks_calls_work_as_they_are_written(live: RealServer):
-    with openai.Client(base_url=f"{live.url}/v1", api_key="None", max_retries=0) as client:
-        response = client.chat.completions.create(
-            model=NOTEBOOK_MODEL,
-            messages=[
-                {"role": "system", "content": "You are a helpful AI assistant"},
-                {"role": "user", "content": "List 3 countries and their capitals."},
-            ],
-            temperature=0,
-            max_tokens=64,
-        )
-        assert response.model == NOTEBOOK_MODEL and response.object == "chat.completion"
-        assert response.choices[0].message.content and response.usage and response.usage.prompt_tokens > 20
-        stream = client.chat.completions.create(
-            model=NOTEBOOK_MODEL,
-            messages=[
-                {"role": "system", "content": "You are a knowledgeable historian who provides concise responses."},
-                {"role": "user", "content": "Tell me about ancient Rome"},
-                {"role": "assistant", "content": "Ancient Rome was a civilization centered in Italy."},
-                {"role": "user", "content": "What were their major achievements?"},
-            ],
-            temperature=0.3,
-            max_tokens=100,
-            top_p=0.95,
-            stop=["\n\n"],
-            presence_penalty=0.2,
-            frequency_penalty=0.2,
-            n=1,
-            seed=42,
-            stream=True,
-        )
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        assert text and "\n\n" not in text
-        whole = client.completions.create(
-            model=NOTEBOOK_MODEL,
-            prompt="List 3 countries and their capitals.",
-            temperature=0,
-            max_tokens=64,
-            n=1,
-            stop=None,
-        )
-        assert whole.object == "text_completion" and whole.choices[0].text
-        pieces = client.completions.create(
-            model=NOTEBOOK_MODEL,
-            prompt="Write a short story about a space explorer.",
-            temperature=0.7,
-            max_tokens=150,
-            top_p=0.9,
-            stop=["\n\n", "THE END"],
-            presence_penalty=0.3,
-            frequency_penalty=0.3,
-            n=1,
-            seed=123,
-            stream=True,
-        )
-        assert "\n\n" not in "".join(chunk.choices[0].text or "" for chunk in pieces)
-
-
 def test_a_chat_model_embeds_beside_its_chats(live: RealServer):
     """Whole prompts, whatever the prefix cache holds, in chunks or not, alone or among others that generate."""
     texts = ["The sea is blue.", "hello", "The sea is blue. " * 60, "The sea is blue."]

@@ -19,6 +19,7 @@ from jaxserve.api import (
     files,
     generate,
     native,
+    openapi,
     responses,
 )
 from jaxserve.api.anthropic_request import CountRequest, MessagesRequest
@@ -80,6 +81,14 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
 )
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Made when it is first asked for."""
+        if not self.openapi_schema:
+            self.openapi_schema = openapi.complete(super().openapi(), ROUTES)
+        return self.openapi_schema
+
+
 def create_app(
     client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None = None, store: Store | None = None
 ) -> FastAPI:
@@ -92,12 +101,12 @@ def create_app(
     serving = Serving(client, config, Metrics(client, name), tokenizer)
     if store is not None:
         serving.store, serving.batch_worker = store, BatchWorker(serving, store, concurrency=config.batch_concurrency)
-    app = FastAPI(title="jaxserve", version=__version__, redirect_slashes=False)
+    app = _Application(title="jaxserve", version=__version__, redirect_slashes=False)
     app.state.serving = serving
-    for paths, methods, endpoint, model in ROUTES:
+    for paths, methods, endpoint, _ in ROUTES:
         for path in paths:
             for method in methods:
-                _add_route(app, serving, path, method, endpoint, model)
+                _add_route(app, serving, path, method, endpoint)
     errors.install(app)
     app.add_middleware(Door, config=config)
     if config.allowed_origins:  # outside the door: a browser asks for permission without the key
@@ -111,36 +120,17 @@ def create_app(
     return app
 
 
-def _add_route(
-    app: FastAPI, serving: Serving, path: str, method: str, endpoint: Endpoint, model: type[BaseModel] | None
-) -> None:
+def _add_route(app: FastAPI, serving: Serving, path: str, method: str, endpoint: Endpoint) -> None:
     async def handle(request: Request) -> Response:
         return await endpoint(serving, request)
 
     name = getattr(endpoint, "__name__", path)
-    extra: dict[str, Any] = {}
-    if model is not None:  # bodies are parsed by us, so FastAPI must be told what they look like
-        schema = model.model_json_schema()
-        schema = _inlined(schema, schema.pop("$defs", {}))
-        extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     app.add_api_route(
         path,
         handle,
         methods=[method],
         name=name,
         description=(endpoint.__doc__ or "").strip(),
-        openapi_extra=extra,
         operation_id=f"{name}_{method.lower()}_{path.strip('/').replace('/', '_')}",
         response_model=None,
     )
-
-
-def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """The schema with every reference to its definitions (none of ours refers to itself) replaced by what it names."""
-    if isinstance(schema, list):
-        return [_inlined(each, definitions) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {name: _inlined(value, definitions) for name, value in schema.items()}

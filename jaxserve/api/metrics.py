@@ -39,6 +39,7 @@ class Metrics:
 
         self.ttft = histogram("time_to_first_token_seconds", "From the request to its first token.", _TTFT)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a choice.", _ITL)
+        self.tpot = histogram("time_per_output_token_seconds", "Mean between the tokens of a choice.", _ITL)
         self.e2e = histogram("e2e_request_latency_seconds", "From the request to its last token.", _E2E)
         self.requests = Counter(
             "jaxserve:num_requests", "Generation requests accepted.", list(labels), registry=self.registry
@@ -108,6 +109,7 @@ class Metrics:
     async def measure(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Passes the deltas of one request on and takes its times."""
         started = self.clock()
+        first: dict[int, tuple[float, int]] = {}
         last: dict[int, float] = {}
         done: dict[int, int] = {}
         complete = False
@@ -116,7 +118,10 @@ class Metrics:
         try:
             async for choice, delta in deltas:
                 self._observe_tokens(choice, delta, started, last, done)
+                if choice in last and choice not in first:
+                    first[choice] = last[choice], done[choice]
                 if delta.finish_reason is not None:
+                    self._observe_rate(first.get(choice), last.get(choice), done.get(choice, 0))
                     self.success.labels(**self.labels, finished_reason=delta.finish_reason).inc()
                 yield choice, delta
             complete = True
@@ -126,6 +131,10 @@ class Metrics:
             if not complete:
                 self.aborted.inc()
             await deltas.aclose()
+
+    def _observe_rate(self, first: tuple[float, int] | None, last: float | None, count: int) -> None:
+        if first is not None and last is not None and count > first[1]:
+            self.tpot.observe((last - first[0]) / (count - first[1]))
 
     def _observe_tokens(
         self, choice: int, delta: Delta, started: float, last: dict[int, float], done: dict[int, int]

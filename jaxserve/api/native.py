@@ -77,11 +77,13 @@ def _model_card(serving: Serving, name: str) -> dict[str, Any]:
 
 
 async def list_models(serving: Serving, http: Request) -> Response:
+    """The names that are served."""
     serving.require_ready()
     return json_response({"object": "list", "data": [_model_card(serving, name) for name in serving.model_names]})
 
 
 async def get_model(serving: Serving, http: Request) -> Response:
+    """One of the names that are served."""
     serving.require_ready()
     name = http.path_params["model"]
     if name not in serving.model_names:
@@ -90,6 +92,7 @@ async def get_model(serving: Serving, http: Request) -> Response:
 
 
 async def get_model_info(serving: Serving, http: Request) -> Response:
+    """Path, names and context length of the model."""
     _, ready = serving.require_ready()
     config = serving.config
     return json_response(
@@ -112,10 +115,12 @@ async def get_server_info(serving: Serving, http: Request) -> Response:
 
 
 async def version(serving: Serving, http: Request) -> Response:
+    """This server's version."""
     return json_response({"version": __version__})
 
 
 async def metrics(serving: Serving, http: Request) -> Response:
+    """Counts and times in Prometheus' text format."""
     return Response(serving.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 

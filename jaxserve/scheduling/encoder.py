@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from jaxserve.types import Request
 
@@ -88,7 +89,7 @@ class EncoderQueue:
         )
         requests: list[Request] = []
         for key in (first, *shorter):
-            for id_ in list(self._lines[key])[: bucket.num_rows - len(requests)]:
+            for id_ in list(islice(self._lines[key], bucket.num_rows - len(requests))):
                 requests.append(self._pop(id_))
         return EncoderBatch(bucket, tuple(requests))
 

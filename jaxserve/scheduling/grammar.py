@@ -30,8 +30,12 @@ class Vocabulary:
         self._executor = LLExecutor()
 
     def compile(self, grammar: str) -> "Matcher":
-        """Raises GrammarError. Takes about 1 ms for a small schema; the GIL is released."""
+        """Raises GrammarError. Takes about 1 ms for a small schema; the GIL is released.
+
+        The first mask, by far the dearest of a large grammar, is made here; copies have it.
+        """
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher.compute_bitmask()
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
         return Matcher(self, matcher)

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.text.ebnf import EbnfError, ebnf_to_lark
+from jaxserve.text.finite import has_finite_instance
 from jaxserve.text.params import ParameterError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_LENGTH = 256 * 1024  # characters
 MAX_CHOICES = 10_000
 MAX_SHOWN = 400  # characters of llguidance's message
+MAX_SYMBOLS = 20_000  # of llguidance's productions, about a schema of 1,500 optional properties; a mask takes 20 ms
 NUM_REMEMBERED = 64  # grammars that were checked lately
 
 # One space may follow a separator and no other whitespace is allowed: small models lose themselves in free whitespace.
@@ -70,6 +72,12 @@ def json_schema(schema: Any, param: str = "json_schema", *, compact: bool = Fals
             raise ParameterError(f"{param} is a string that holds no JSON: {error}", param) from None
     if not isinstance(schema, Mapping):
         raise ParameterError(f"{param} holds {_kind(schema)}; a JSON Schema is an object", param)
+    try:
+        finite = has_finite_instance(schema)
+    except RecursionError:
+        raise ParameterError(f"{param} is nested too deeply", param) from None
+    if not finite:
+        raise ParameterError(f"{param} cannot be enforced: every value that satisfies it is endless", param)
     options = COMPACT_OPTIONS if compact else JSON_OPTIONS
     # x-guidance would let a schema switch checks off.
     plain = {key: value for key, value in schema.items() if key != "x-guidance"}
@@ -155,10 +163,11 @@ class GrammarChecker:
             return grammar in self._sound
 
     def _problem(self, grammar: str) -> str | None:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
+        limits = LLParserLimits(max_grammar_size=MAX_SYMBOLS)
         try:
-            matcher = LLMatcher(self._tokenizer(), grammar, log_level=0)
+            matcher = LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
         except ValueError as error:  # half a surrogate pair
             return str(error)
         if matcher.is_error():
