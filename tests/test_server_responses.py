@@ -1,5 +1,6 @@
 """The real server and the default model by way of /v1/responses and /v1/messages, with both makers' own clients."""
 
+import json
 from typing import Any
 
 import anthropic
@@ -75,3 +76,30 @@ def test_a_typed_answer_is_what_its_schema_says(live: RealServer, claude: anthro
         model=live.model, messages=[{"role": "user", "content": say}], max_tokens=60, output_format=City
     )
     assert isinstance(message.parsed_output, City) and message.stop_reason == "end_turn"
+
+
+def test_a_forced_call_is_a_call_of_that_tool(live: RealServer, claude: anthropic.Anthropic):
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    parameters["additionalProperties"] = False
+    ask = "What is the weather in Paris?"
+    response = live.client.responses.create(
+        model=live.model,
+        input=ask,
+        tools=[{"type": "function", "name": "weather", "parameters": parameters, "strict": True}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_output_tokens=80,
+    )
+    (call,) = response.output
+    assert call.type == "function_call" and call.name == "weather" and list(json.loads(call.arguments)) == ["city"]
+    message = claude.messages.create(
+        model=live.model,
+        messages=[{"role": "user", "content": ask}],
+        tools=[{"name": "weather", "input_schema": parameters}],
+        tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
+        max_tokens=80,
+        extra_body={"temperature": 0},
+    )
+    (block,) = message.content
+    assert block.type == "tool_use" and list(block.input) == ["city"] and message.stop_reason == "tool_use"
