@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from jaxserve import foreign_flags as foreign
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from jaxserve.flag_values import at_least, port, positive, seconds, share
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
@@ -125,6 +126,9 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
+    Flag(
+        ("--attention-backend",), "engine.attention_backend", "auto: pallas on TPU, else xla", foreign.attention_backend
+    ),
     Flag(
         ("--max-model-len", "--context-length"),
         "engine.max_model_len",
@@ -349,6 +353,7 @@ def parse(argv: Sequence[str]) -> Options:
     for target, value in targets.items():
         holder, name = target.split(".")
         values[holder][name] = value
+    warnings += foreign.drop_foreign_backend(values["engine"])
     if "log_level" in values["server"]:
         values["engine"]["log_level"] = values["server"]["log_level"]
     launch = values["launch"]

@@ -1,10 +1,12 @@
 """Flags of SGLang and vLLM that this server takes, warns of or refuses, but does not act on."""
 
+import argparse
+from typing import Any
+
 # Names without an effect here: accepted with one warning. True: the flag takes a value.
 _CUDA = "it is about CUDA or PyTorch; XLA decides"
 NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--base-gpu-id": (True, _CUDA),
-    "--attention-backend": (True, "the kernel is chosen from the device"),
     "--sampling-backend": (True, _CUDA),
     "--grammar-backend": (True, "there is one backend"),
     "--disable-cuda-graph": (False, _CUDA),
@@ -80,3 +82,31 @@ REMOTE_CODE = (
     "--trust-remote-code is refused: this server runs its own implementation of each model and never executes code "
     "that comes with a checkpoint. Leave the flag out."
 )
+
+# Values of --attention-backend elsewhere, in any case: accepted with one warning, as if the flag were not there.
+_FOREIGN_BACKENDS = {
+    *("flashinfer", "flash_attn", "fa", "fa3", "fa4", "triton", "triton_attn", "torch_native", "torch_sdpa", "native"),
+    *("xformers", "flex_attention", "flashmla", "cutlass_mla", "trtllm_mla", "trtllm_mha", "aiter", "wave", "ascend"),
+    *("dual_chunk_flash_attn", "intel_amx"),
+}
+_OUR_BACKENDS = ("auto", "pallas", "xla")
+
+
+def attention_backend(text: str) -> str:
+    """A value of --attention-backend, in lower case; ours, or one that drop_foreign_backend drops."""
+    value = text.lower()
+    if value not in _FOREIGN_BACKENDS and value not in _OUR_BACKENDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; {', '.join(_OUR_BACKENDS)} are")
+    return value
+
+
+attention_backend.__name__ = "`auto`, `pallas`, `xla`"  # as argparse and docs/flags.md print it
+
+
+def drop_foreign_backend(engine: dict[str, Any]) -> tuple[str, ...]:
+    """Takes another server's attention backend out of the engine's options. -> the warning, if it did."""
+    value = engine.get("attention_backend")
+    if value not in _FOREIGN_BACKENDS:
+        return ()
+    del engine["attention_backend"]
+    return (f"--attention-backend {value} has no effect: it belongs to other servers; the choice here is auto",)

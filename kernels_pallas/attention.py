@@ -7,13 +7,14 @@ q's dtype; scores, maxima and sums are float32. Rows with kv_len 0 are padding: 
 is finite and ignored.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from kernels_pallas import xla
+from kernels_pallas import tpu, xla
 from kernels_pallas.cache import KVCache
 
 Layer = int | jax.Array
@@ -47,12 +48,25 @@ class Attention:
     name: str
     plan: Callable[[DecodeRows | None, PrefillChunks | None, int], Any]  # the last is the page size
     attend: Callable[[jax.Array, jax.Array, jax.Array, KVCache, Layer, Any], tuple[jax.Array, KVCache]]
+    page_multiple: int = 1  # page sizes it can have are multiples of this
 
 
-def choose(platform: str) -> Attention:
-    """The backend for a JAX platform name. Every platform is served by XLA's path today."""
-    del platform
-    return Attention("xla", xla.plan, xla.attend)
+def choose(platform: str, wanted: str = "auto", mesh: jax.sharding.Mesh | None = None) -> Attention:
+    """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
+
+    "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. mesh: its axis "tp" shares out the
+    heads of a kernel; XLA partitions its own path. Raises ValueError where there is no such backend.
+    """
+    if wanted == "auto":
+        wanted = "pallas" if platform == "tpu" else "xla"
+    if wanted == "xla":
+        return Attention("xla", xla.plan, xla.attend)
+    if wanted == "pallas" and platform in ("tpu", "cpu"):
+        interpret = platform == "cpu"
+        attend = functools.partial(tpu.attend, mesh=mesh, interpret=interpret)
+        name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
+        return Attention(f"pallas ({name})", tpu.plan, attend, page_multiple=1 if interpret else tpu.PAGE_MULTIPLE)
+    raise ValueError(f"no attention backend {wanted!r} for {platform}; 'xla' runs everywhere, 'pallas' on tpu and cpu")
 
 
 def default_page_size(platform: str) -> int:

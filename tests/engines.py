@@ -82,16 +82,21 @@ def build_engine(folder: str, **config: Any) -> Engine:
 
 
 def build_runner(
-    monkeypatch: Any, folder: str, sizes: SchedulerConfig, *, layout: str = "cpu", prefill_only: bool = False
+    monkeypatch: Any,
+    folder: str,
+    sizes: SchedulerConfig,
+    *,
+    layout: str = "cpu",
+    prefill_only: bool = False,
+    attention: str = "xla",
 ) -> ModelRunner:
-    """A runner on the CPU in the layout of any platform, each step being one program."""
+    """A runner on the CPU in the layout of any platform, each step being one program. attention: xla, or pallas for the
+    TPU kernels, interpreted."""
     config = EngineConfig(folder, cache_folder())
     model, mesh = read_model_config(config), make_mesh(jax.devices()[:1])
     structure, description = describe(model, jnp.dtype("float32"), mesh, layout)
-    attention = choose(layout)
-    shape = StepShape(
-        model, Layout.of(layout), structure, attention, sizes.page_size, sizes.max_pages, sizes.chunk_size
-    )
+    chosen = choose("cpu", attention)
+    shape = StepShape(model, Layout.of(layout), structure, chosen, sizes.page_size, sizes.max_pages, sizes.chunk_size)
     made = ModelRunner(shape, sizes, mesh, jnp.dtype("float32"))
     monkeypatch.setattr(runner_module, "layers_per_program", lambda num_layers, platform: None)
     wanted = [bucket for bucket in buckets(sizes) if bucket.num_prefill or not prefill_only]

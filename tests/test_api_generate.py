@@ -123,6 +123,14 @@ def test_a_streamed_batch_says_which_prompt_a_chunk_is_of(server: ApiServer):
     assert last == {0: TEXTS[0], 1: TEXTS[1], 2: TEXTS[0], 3: TEXTS[1]}
 
 
+def test_special_tokens_are_left_out_of_a_generated_text_unless_asked_for():
+    special = TOKENIZER.encode("<|im_start|>", add_special_tokens=False)
+    tokens = [*HELLO, *special, EOS]
+    with ApiServer(script=lambda request, index: tokens[min(index, len(tokens) - 1)]) as server:
+        assert generate(server)["text"] == "hello world"
+        assert generate(server, sampling_params={"skip_special_tokens": False})["text"] == "hello world<|im_start|>"
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text": None}, "text"),
     ({"input_ids": [1]}, "text"),
@@ -192,11 +200,28 @@ def test_unknown_native_fields_are_accepted_and_logged_once(server: ApiServer):
     assert {"log_metrics", "sampling_params.new_thing"} <= server.serving.fields.seen
 
 
-def test_log_probabilities_of_a_prompt_are_refused(server: ApiServer):
-    error = error_of(server.post("/generate", {"text": "hi", "return_logprob": True, "logprob_start_len": 0}), 400)
-    assert error["param"] == "logprob_start_len"
-    assert generate(server, return_logprob=True, logprob_start_len=-1)["meta_info"]["input_token_logprobs"] == []
-    assert generate(server, logprob_start_len=0)["text"]
+def test_log_probabilities_of_a_prompt_begin_where_asked_for(server: ApiServer):
+    assert generate(server, return_logprob=True)["meta_info"]["input_token_logprobs"] == []
+    assert "input_token_logprobs" not in generate(server, logprob_start_len=0)["meta_info"]
+    ids = TOKENIZER.encode("hello you", add_special_tokens=True)
+    for stream in (False, True):
+        body = {"text": "hello you", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
+        reply = server.post("/generate", body | {"stream": stream})
+        meta = (events(reply)[-1] if stream else reply.json())["meta_info"]
+        columns, tops = meta["input_token_logprobs"], meta["input_top_logprobs"]
+        assert [token_id for _, token_id, _ in columns] == ids and columns[0][0] is None is tops[0]
+        assert all(value is not None for value, _, _ in columns[1:]) and all(len(top) == 1 for top in tops[1:])
+    later = generate(server, text="hello you", return_logprob=True, logprob_start_len=2)["meta_info"]
+    assert later["input_token_logprobs"] == [[*column[:2], None] for column in columns[2:]]
+
+
+def test_a_prompt_can_be_scored_without_an_answer(live: RealServer):
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "sampling_params": {"max_new_tokens": 0}}
+    reply = live.http.post("/generate", json={"text": "The capital of France is Paris"} | wanted).json()
+    assert reply["text"] == "" and reply["output_ids"] == [] and reply["meta_info"]["completion_tokens"] == 0
+    echoed = live.complete("The capital of France is Paris", max_tokens=0, echo=True, logprobs=0).choices[0]
+    values = [logprob for logprob, _, _ in reply["meta_info"]["input_token_logprobs"]]
+    assert values[0] is None and values[1:] == pytest.approx(echoed.logprobs.token_logprobs[1:], abs=1e-4)
 
 
 def test_generate_gives_the_same_text_as_completions(live: RealServer):

@@ -14,14 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import reference
+from kernels_pallas import reference, tpu
 from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
 from kernels_pallas.cache import KVCache, empty, pack, rows_per_page, unpack
 
-# Name -> (the backend, a page size it can have): what runs on this machine.
-BACKENDS: dict[str, tuple[Attention, Callable[[int], bool]]] = {
-    "xla": (choose("cpu"), lambda page_size: True),
+
+def interpreted_tpu(interpret: bool | pltpu.InterpretParams) -> Attention:
+    return Attention("tpu", tpu.plan, functools.partial(tpu.attend, max_block_tokens=64, interpret=interpret))
+
+
+# Name -> the backend. The TPU's kernels run interpreted; small blocks make rows of several.
+RACES = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+BACKENDS: dict[str, Attention] = {
+    "xla": choose("cpu"),
+    "tpu": interpreted_tpu(True),
+    "tpu-races": interpreted_tpu(RACES),
 }
 
 NUM_LAYERS, LAYER = 3, 1
@@ -82,6 +91,15 @@ SHAPES = [
     if FULL or index == (row + column) % 3
 ]
 SHAPES += [Shape(64, 16, 9, 3, "mixed", "bfloat16"), Shape(128, 64, 4, 4, "mixed", "bfloat16")]
+# Interpreted kernels take seconds to compile: a few shapes, each another way through them.
+TPU_SHAPES = [
+    Shape(64, 16, 6, 2, "mixed"),  # K and V share lanes; blocks of 4 pages
+    Shape(128, 64, 8, 1, "mixed", "bfloat16"),  # blocks of one page
+    Shape(256, 16, 2, 1, "decode"),  # two rows for K and for V
+]
+CASES = [("xla", shape) for shape in SHAPES]
+CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES)]
+CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed")), ("tpu-races", Shape(128, 32, 2, 2, "decode", "bfloat16"))]
 
 
 def decode_lengths(rng: np.random.Generator, shape: Shape) -> list[int]:
@@ -159,7 +177,7 @@ def arguments(shape: Shape, case: Case) -> tuple[DecodeRows | None, PrefillChunk
 
 @functools.cache
 def compiled(backend: str, page_size: int) -> Callable:
-    attention = BACKENDS[backend][0]
+    attention = BACKENDS[backend]
 
     @jax.jit
     def run(q, k, v, cache, layer, rows, chunks):
@@ -215,11 +233,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng):
-    if not BACKENDS[backend][1](shape.page_size):
-        pytest.skip(f"{backend} has no pages of {shape.page_size}")
+@pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
+def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng, capfd):
     dtype, tolerance = jnp.dtype(shape.dtype), TOLERANCE[shape.dtype]
     for _ in range(2):
         case = make_case(rng, shape)
@@ -244,6 +259,7 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
             | (np.arange(NUM_LAYERS) != LAYER)[:, None, None, None, None]
         )
         np.testing.assert_array_equal(np.where(kept, pages, 0), np.where(kept, want_pages, 0))
+    assert "RACE DETECTED" not in capfd.readouterr().out  # what Pallas's interpreter prints
 
 
 @pytest.mark.parametrize("head_dim", GROUPS)

@@ -132,6 +132,15 @@ def test_flags_without_effect_warn_once_each():
     assert len(warnings) == 4 and all("has no effect" in warning for warning in warnings)
 
 
+def test_attention_backends_are_ours_or_dropped_with_a_warning_or_refused():
+    assert parse(["--attention-backend", "pallas"]).engine == {"attention_backend": "pallas"}
+    assert parse(["--attention-backend=XLA"]).engine == {"attention_backend": "xla"}
+    foreign = parse(["--attention-backend", "FLASHINFER"])
+    assert foreign.engine == {} and "auto" in foreign.warnings[0]
+    with pytest.raises(FlagError, match="auto, pallas, xla"):
+        parse(["--attention-backend", "palas"])
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['jaxserve', '--help']\n"

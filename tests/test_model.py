@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from engines import (
     MODELS,
+    SMALL,
     Answer,
     Driver,
+    build_engine,
     build_runner,
     chunked,
     greedy,
@@ -187,3 +189,20 @@ def test_padding_plans_change_no_page_and_no_slot_in_use():
     np.testing.assert_array_equal(before.last_token[:-1], after.last_token[:-1])
     for old, new in zip(jax.tree.leaves(before.sampling), jax.tree.leaves(after.sampling), strict=True):
         np.testing.assert_array_equal(old[:-1], new[:-1])
+
+
+def test_the_tpu_kernels_give_the_same_tokens_as_xla_in_the_engine():
+    """Scheduler, page layout and kernels together, in steps of every kind."""
+    name = "biased"
+    engine = shared_engine(name)
+    pallas = build_engine(shared_folder(name), **SMALL | {"attention_backend": "pallas", "mixed_chunk": True})
+    long, short, other = draw_prompts(37, 3, 18)
+    rounds = [[(short, greedy(6)), (long, greedy(20))], [(long[:33] + other, greedy(5)), (other, greedy(16))]]
+    ours, xla = Driver(pallas.runner, pallas.sizes.scheduler), Driver(engine.runner, engine.sizes.scheduler)
+    for wanted in rounds:
+        got, want = ours.run(wanted), xla.run(wanted)
+        check_against_numpy(name, wanted, got)
+        assert [answer.token_ids for answer in got] == [answer.token_ids for answer in want]
+    kinds = {(plan.bucket.num_decode > 0, plan.bucket.num_prefill > 0) for plan in ours.plans}
+    assert kinds == {(True, False), (False, True), (True, True)}
+    assert got[0].cached_tokens == 32

@@ -56,12 +56,13 @@ class Output:
 
     tokenizer: Tokenizer
     id: str
-    num_prompt: int
+    prompt_ids: Sequence[int]
     prompt: PromptRequest
     started: float  # monotonic seconds
     text: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: Sequence[TokenLogprobs | None] = ()  # of the prompt's tokens, if they were asked for
     last: Delta | None = None
     seconds: float = 0.0
 
@@ -69,6 +70,7 @@ class Output:
         self.text.append(delta.text)
         self.ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
+        self.scores = self.scores or delta.prompt_logprobs or ()
         self.last = delta
         if delta.finish_reason is not None:
             self.seconds = time.monotonic() - self.started
@@ -79,7 +81,7 @@ class Output:
         meta: dict[str, Any] = {
             "id": self.id,
             "finish_reason": None if last is None else _finish_reason(last),
-            "prompt_tokens": self.num_prompt,
+            "prompt_tokens": len(self.prompt_ids),
             "completion_tokens": 0 if last is None else last.num_tokens,
             "cached_tokens": 0 if last is None else last.cached_tokens,
         }
@@ -90,22 +92,24 @@ class Output:
         return {"text": "".join(self.text), "output_ids": list(self.ids), "meta_info": meta}
 
     def _logprobs(self) -> dict[str, Any]:
-        pairs = zip(self.ids, self.logprobs, strict=True)
-        columns: dict[str, Any] = {
-            "input_token_logprobs": [],
-            "output_token_logprobs": [self._triple(item.logprob, token_id) for token_id, item in pairs],
-        }
-        if self.prompt.top_logprobs_num:
-            columns["input_top_logprobs"] = []
-            columns["output_top_logprobs"] = [
-                [self._triple(value, other) for other, value in zip(item.top_ids, item.top_logprobs, strict=True)]
-                for item in self.logprobs
+        start = self.prompt.logprob_start_len
+        before = list(zip(self.prompt_ids, self.scores, strict=True))[start:] if self.scores else []
+        after = list(zip(self.ids, self.logprobs, strict=True))
+        columns: dict[str, Any] = {}
+        for name, pairs in (("input", before), ("output", after)):
+            columns[f"{name}_token_logprobs"] = [
+                self._triple(None if item is None else item.logprob, token_id) for token_id, item in pairs
             ]
+            if self.prompt.top_logprobs_num:
+                columns[f"{name}_top_logprobs"] = [None if item is None else self._top(item) for _, item in pairs]
         return columns
 
-    def _triple(self, logprob: float, token_id: int) -> tuple[float, int, str | None]:
+    def _top(self, item: TokenLogprobs) -> list[tuple[float | None, int, str | None]]:
+        return [self._triple(value, other) for other, value in zip(item.top_ids, item.top_logprobs, strict=True)]
+
+    def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         text = self.tokenizer.token_text(token_id) if self.prompt.return_text_in_logprobs else None
-        return finite(logprob), token_id, text
+        return None if logprob is None else finite(logprob), token_id, text
 
 
 def _finish_reason(delta: Delta) -> dict[str, Any] | None:
@@ -160,10 +164,8 @@ async def _encode(serving: Serving, prompt: PromptRequest) -> list[int]:
 
 def _resolve(serving: Serving, prompt: PromptRequest, num_prompt: int, max_model_len: int) -> list[SamplingParams]:
     """Raises ParameterError with the names of this route."""
-    if prompt.return_logprob and 0 <= prompt.logprob_start_len < num_prompt:
-        message = "log-probabilities of the prompt are not supported yet; leave logprob_start_len at -1."
-        raise invalid_request(message, "logprob_start_len", "unsupported_parameter")
     given = prompt.sampling
+    scored = prompt.return_logprob and 0 <= prompt.logprob_start_len < num_prompt
     room = max(1, max_model_len - num_prompt)
     max_tokens = min(DEFAULT_MAX_NEW_TOKENS, room) if given.max_new_tokens is None else given.max_new_tokens
     wanted = SamplingRequest(
@@ -181,6 +183,7 @@ def _resolve(serving: Serving, prompt: PromptRequest, num_prompt: int, max_model
         stop_token_ids=tuple(given.stop_token_ids) if given.stop_token_ids else None,
         ignore_eos=given.ignore_eos,
         num_logprobs=prompt.top_logprobs_num if prompt.return_logprob else None,
+        num_prompt_logprobs=prompt.top_logprobs_num if scored else None,
     )
     try:
         return resolve(serving, wanted, num_prompt, given.num_choices)
@@ -230,7 +233,7 @@ def _outputs(
     if len(rids) < len(wanted):  # one for all
         rids = [f"{rids[0]}-{index}" for index in range(len(wanted))]
     return [
-        Output(tokenizer, rid if num_choices == 1 else f"{rid}-{choice}", len(ids), prompt, started)
+        Output(tokenizer, rid if num_choices == 1 else f"{rid}-{choice}", ids, prompt, started)
         for rid, prompt, ids in zip(rids, wanted, prompts, strict=True)
         for choice in range(num_choices)
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
 from jaxserve.engine.compile import CompileCounter, enable_persistent_cache
@@ -19,7 +20,7 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
-from kernels_pallas.attention import choose
+from kernels_pallas.attention import Attention, choose
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
         config=model,
         layout=Layout.of(platform),
         structure=structure,
-        attention=choose(platform),
+        attention=_attention(config, platform, mesh, sizes.scheduler.page_size),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
         chunk_size=sizes.scheduler.chunk_size,
@@ -79,6 +80,20 @@ def devices_of(config: EngineConfig) -> list[jax.Device]:
     if config.tp_size not in (None, 1):
         raise ConfigError(f"--tp-size {config.tp_size} is not served yet; this version serves on one device")
     return found[:1]
+
+
+def _attention(config: EngineConfig, platform: str, mesh: Mesh, page_size: int) -> Attention:
+    try:
+        attention = choose(platform, config.attention_backend, mesh)
+    except ValueError as error:
+        raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
+    if page_size % attention.page_multiple:
+        raise ConfigError(
+            f"--page-size {page_size}: {attention.name} take multiples of {attention.page_multiple}; "
+            "change it, or give --attention-backend xla"
+        )
+    logger.info("attention: %s", attention.name)
+    return attention
 
 
 def _memory(device: jax.Device) -> int | None:

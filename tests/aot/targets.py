@@ -1,0 +1,123 @@
+"""The engine's own programs, compiled for TPUs that are not there: libtpu holds the compiler, its topologies are the
+targets."""
+
+import importlib.util
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.engine.compile import Target, _Builder, precision
+from jaxserve.engine.runner import ModelRunner
+from jaxserve.engine.sizing import DeviceFacts, resolve
+from jaxserve.engine.step import StepShape
+from jaxserve.model.llama import Layout
+from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.scheduling.buckets import buckets
+from jaxserve.scheduling.plan import Bucket
+from kernels_pallas.attention import choose
+
+SMOLLM2 = ModelConfig(30, 576, 9, 3, 64, 1536, 49152, 8192, rope_theta=1e5, tie_embeddings=True)
+LLAMA_1B = ModelConfig(16, 2048, 32, 8, 64, 8192, 128256, 131072, rope_theta=5e5, tie_embeddings=True)
+LLAMA_8B = ModelConfig(32, 4096, 32, 8, 128, 14336, 128256, 131072, rope_theta=5e5)
+MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.2-1B": LLAMA_1B, "Llama-3.1-8B": LLAMA_8B}
+MIB = 2**20
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+has_libtpu = importlib.util.find_spec("libtpu") is not None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step for a target, and what the compiler says of it, per device."""
+
+    target: Target
+    bucket: Bucket
+    program: Any
+
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        pages = self.target.state.cache.pages
+        return pages.sharding.shard_shape(pages.shape)
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2 * math.prod(self.cache_shape)
+
+    @property
+    def memory(self) -> Any:
+        return self.program.memory_analysis()
+
+    @property
+    def text(self) -> str:
+        return self.program.as_text()
+
+
+def compile_steps(target: Target, buckets: Iterable[Bucket], *, whole: bool = False) -> dict[Bucket, Compiled]:
+    """The steps of some buckets; whole, or only their layers, which is where the cache is (sampling takes a minute)."""
+    builder = _Builder(target if whole else replace(target, layers_per_program=target.shape.config.num_layers))
+    compiled = {}
+    for bucket in buckets:
+        builder.add_bucket(bucket)
+        with precision(target.params):
+            lowered = builder.lowerings["step" if whole else "layers", bucket]()
+        compiled[bucket] = Compiled(target, bucket, lowered.compile())
+    return compiled
+
+
+@contextmanager
+def target_of(
+    topology: str, num_devices: int, model: ModelConfig, *, num_layers: int, backend: str = "auto", **config: Any
+) -> Iterator[tuple[Target, dict[tuple[int, int], Bucket]]]:
+    """What the engine would compile for some chips of a topology, and its buckets by (S, T).
+
+    The cache is too large for VMEM, where the compiler would otherwise be free to move it and back.
+    num_layers: may be fewer than the model's; a step is as many copies of the same layer.
+    """
+    model = replace(model, num_layers=num_layers)
+    mesh = make_mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:num_devices])
+    config = {"max_model_len": 8192, "max_running": 64, "max_total_tokens": 2**18} | config
+    sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts("tpu", num_devices, None))
+    dtype = jnp.dtype(sizes.dtype)
+    structure, description = describe(model, dtype, mesh, "tpu")
+    attention = choose("tpu", backend, mesh)
+    runs = sizes.scheduler
+    sizes_of_step = (runs.page_size, runs.max_pages, runs.chunk_size)
+    shape = StepShape(model, Layout.of("tpu"), structure, attention, *sizes_of_step)
+    runner = ModelRunner(shape, runs, mesh, dtype)
+    target = Target(
+        params=jax.tree.map(Parameter.abstract, description),
+        state=runner._abstract_state(),
+        shape=shape,
+        max_model_len=runs.max_model_len,
+        replicated=NamedSharding(mesh, PartitionSpec()),
+        layers_per_program=None,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it what they are compiled for
+        yield target, {(b.num_decode, b.num_prefill): b for b in buckets(runs)}
+
+
+def instructions(text: str) -> list[tuple[str, str, str]]:
+    """HLO -> (name, result type, opcode) of every instruction."""
+    return re.findall(r"^\s*(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(", text, re.MULTILINE)
+
+
+def collectives(text: str) -> Counter[str]:
+    """How many of each kind; an asynchronous pair counts once."""
+    kinds = (opcode.removesuffix("-start") for _, _, opcode in instructions(text))
+    return Counter(kind for kind in kinds if kind in COLLECTIVES)
+
+
+def makers_of(shape: tuple[int, ...], text: str) -> Counter[str]:
+    """Opcodes of the instructions whose result is, or holds, an array of this shape."""
+    written = f"bf16[{','.join(map(str, shape))}]"
+    return Counter(opcode for _, result, opcode in instructions(text) if written in result)
