@@ -11,12 +11,25 @@ from tests.golden import Case, load_cases
 from tests.real_engines import Engines, RealServer
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked slow run with JAXSERVE_SLOW=1 (make test-all) only."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=["model", "rest"], help="what the default model is up for, or the rest")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked slow run with JAXSERVE_SLOW=1 (make test-all) only; --part takes one of two halves."""
+    part = config.getoption("--part")
+    if part is not None:
+        left_out = [item for item in items if _needs_model(item) != (part == "model")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _needs_model(item) == (part == "model")]
     if not os.environ.get("JAXSERVE_SLOW"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: make test-all runs it"))
+
+
+def _needs_model(item: pytest.Item) -> bool:
+    return not {"live", "engines"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
