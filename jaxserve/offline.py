@@ -194,7 +194,7 @@ def _endpoint_of(start: bytes) -> str:
         url = orjson.loads(line)["url"]
         return next(endpoint for endpoint in ANSWERS if same_url(url, endpoint))
     except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, StopIteration):
-        allowed = " and ".join(ANSWERS)
+        allowed = ", ".join(ANSWERS)
         message = f"the first line of the input names no supported endpoint as its url; supported are {allowed}"
         raise JobError(message) from None
 

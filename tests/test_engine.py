@@ -308,13 +308,29 @@ def test_the_loop_answers_everything_with_and_without_overlap(overlap):
     harness.scheduler.check_invariants()
 
 
+class HeldRunner(PromptRunner):
+    """Launches some steps, then waits until it is let go on."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(LOOP_SIZES.num_pages, LOOP_SIZES.page_size, LOOP_SIZES.max_running, LOOP_SIZES.max_pages)
+        self.steps_left, self.go_on = num_steps, threading.Event()
+
+    def launch(self, plan: StepPlan) -> Any:
+        self.steps_left -= 1
+        if self.steps_left < 0:
+            assert self.go_on.wait(20)
+        return super().launch(plan)
+
+
 def test_an_abort_is_answered_once_and_frees_its_pages_and_unknown_ids_are_ignored():
-    harness = Harness().start()
+    runner = HeldRunner(12)
+    harness = Harness(runner).start()
     requests = make_requests(3, max_tokens=40)
     harness.inbox.put(AddRequests(tuple(requests)))
     harness.wait_until(lambda: len(harness.tokens.get(0, ())) > 2)
     harness.inbox.put(AbortRequests((0, 77)))
     harness.inbox.put(AbortRequests((0,)))
+    runner.go_on.set()
     harness.wait_until(lambda: len(harness.reasons) == 3)
     assert harness.reasons == {0: "abort", 1: "length", 2: "length"}
     assert harness.tokens[0][-1] is None

@@ -125,7 +125,7 @@ def test_a_journal_of_another_input_is_not_mixed_in(folder: Path):
         (jsonl([chat_line("a"), chat_line("a")]), "line 2: The custom_id for this request is a duplicate"),
         (jsonl([chat_line("a", model="gpt")]), "--allow-any-model"),
         (b"", "names no supported endpoint"),
-        (jsonl([chat_line("a", url="/v1/embeddings")]), "supported are /v1/chat/completions and /v1/completions"),
+        (jsonl([chat_line("a", url="/v1/audio/speech")]), "supported are /v1/chat/completions, /v1/completions"),
     ],
 )
 def test_a_wrong_input_is_refused_with_its_line(folder: Path, content: bytes, message: str):

@@ -189,7 +189,7 @@ ABUSE: list[tuple[int, dict[str, Any] | bytes]] = [
     (400, {"n": 0}),
     (400, {"temperature": 9}),
     (400, {"temperature": "hot"}),
-    (400, {"max_tokens": 0}),
+    (400, {"max_tokens": -1}),
     (400, {"max_tokens": 10**9}),
     (400, {"top_p": 0}),
     (400, {"logit_bias": {"49152": 1}}),
