@@ -123,6 +123,14 @@ def test_a_streamed_batch_says_which_prompt_a_chunk_is_of(server: ApiServer):
     assert last == {0: TEXTS[0], 1: TEXTS[1], 2: TEXTS[0], 3: TEXTS[1]}
 
 
+def test_special_tokens_are_left_out_of_a_generated_text_unless_asked_for():
+    special = TOKENIZER.encode("<|im_start|>", add_special_tokens=False)
+    tokens = [*HELLO, *special, EOS]
+    with ApiServer(script=lambda request, index: tokens[min(index, len(tokens) - 1)]) as server:
+        assert generate(server)["text"] == "hello world"
+        assert generate(server, sampling_params={"skip_special_tokens": False})["text"] == "hello world<|im_start|>"
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text": None}, "text"),
     ({"input_ids": [1]}, "text"),

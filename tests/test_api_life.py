@@ -7,8 +7,10 @@ import time
 import httpx2
 import pytest
 
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Progress
 from tests.api_server import MODEL, ApiServer, error_of
+from tests.fakes import write_byte_level
 
 ENDLESS = {"max_tokens": 4000, "ignore_eos": True}
 
@@ -129,6 +131,22 @@ def test_native_routes_answer():
         assert "/v1/chat/completions" in document.json()["paths"]
         known = document.json().get("components", {}).get("schemas", {})
         assert set(re.findall(r'"#/components/schemas/(\w+)"', document.text)) <= set(known), "refers to nothing"
+
+
+def test_tokens_around_a_text_can_be_left_out(tmp_path, monkeypatch):
+    with_bos = Tokenizer.from_folder(write_byte_level(tmp_path, bos=True))
+    with ApiServer("x") as server:
+        monkeypatch.setattr(server.serving, "tokenizer", with_bos)
+        full, bare = (
+            server.post("/tokenize", {"prompt": "hi", "add_special_tokens": add}).json()["tokens"]
+            for add in (True, False)
+        )
+        assert full == [with_bos.bos_token_id, *bare]
+        shown, plain = (
+            server.post("/detokenize", {"tokens": full, "skip_special_tokens": skip}).json()["text"]
+            for skip in (False, True)
+        )
+        assert plain == "hi" and shown == "<|endoftext|>hi"
 
 
 def test_a_model_name_may_hold_slashes():

@@ -303,6 +303,16 @@ def test_end_of_sequence_tokens_end_an_accepting_grammar_and_min_tokens_holds_th
     assert (len(ignoring), reason, set(ignoring) & set(STOPS)) == (30, "length", set())
 
 
+def test_a_row_whose_only_tokens_are_held_back_ends_instead_of_sampling_another():
+    """min_tokens holds back a stop token of the client's that the grammar demands."""
+    stop = (*STOPS, TOKENS.index("c"))
+    assert answer_alone(regex("c{3}"), stop_token_ids=stop, min_tokens=2) == ([None], "length")
+    assert answer_alone(regex("ac{3}"), stop_token_ids=stop, min_tokens=1) == (
+        [TOKENS.index("a"), TOKENS.index("c")],
+        "stop",
+    )
+
+
 def test_json_of_a_schema_is_json():
     schema = {
         "type": "object",

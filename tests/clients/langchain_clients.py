@@ -1,11 +1,12 @@
 """langchain-openai against BASE_URL: chat, stream, structured output, tools, responses, completions, embeddings."""
 
 import os
+from typing import Literal
 
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 base = {"base_url": os.environ["BASE_URL"], "api_key": "none", "model": os.environ["MODEL"]}
 
@@ -13,12 +14,12 @@ base = {"base_url": os.environ["BASE_URL"], "api_key": "none", "model": os.envir
 class City(BaseModel):
     """A city."""
 
-    city: str
-    population: int
+    city: str = Field(max_length=12)
+    population: int = Field(ge=0, le=100_000_000)
 
 
 @tool
-def weather(city: str) -> str:
+def weather(city: Literal["Paris", "Rome"]) -> str:
     """The weather in a city."""
     return f"It is sunny in {city}."
 
@@ -35,7 +36,7 @@ for responses in (False, True):
         answer = chat.with_structured_output(City, method=method).invoke("Name a city and its population.")
         assert isinstance(answer, City), (method, answer)
     if not responses:
-        answer = chat.with_structured_output(None, method="json_mode").invoke("Describe Paris as a JSON object.")
+        answer = chat.with_structured_output(None, method="json_mode").invoke("Name a city and its population.")
         assert isinstance(answer, dict), answer
 
     question = HumanMessage("What is the weather in Paris?")

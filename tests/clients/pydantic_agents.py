@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -15,8 +15,8 @@ settings = ModelSettings(temperature=0, max_tokens=100)
 
 
 class City(BaseModel):
-    city: str
-    population: int
+    city: str = Field(max_length=12)
+    population: int = Field(ge=0, le=100_000_000)
 
 
 async def main() -> None:

@@ -18,7 +18,7 @@ let streamed = "";
 for await (const part of streamText({ ...short, prompt }).textStream) streamed += part;
 assert.equal(streamed, text);
 
-const city = z.object({ city: z.string(), population: z.number().int() });
+const city = z.object({ city: z.string().max(12), population: z.number().int().min(0).max(1e8) });
 for (const each of [provider, createOpenAICompatible(options)]) {
   const system = each === provider ? undefined : 'Answer as JSON: {"city": string, "population": integer}.';
   const request = { ...short, model: each(process.env.MODEL), system, prompt: "Name a city and its population." };
@@ -34,7 +34,7 @@ for (const each of [provider, createOpenAICompatible(options)]) {
 let asked = 0;
 const weather = tool({
   description: "The weather in a city",
-  inputSchema: z.object({ city: z.string() }),
+  inputSchema: z.object({ city: z.enum(["Paris", "Rome"]) }),
   execute: async ({ city }) => {
     asked += 1;
     return `It is sunny in ${city}.`;

@@ -19,7 +19,7 @@ for await (const chunk of await client.chat.completions.create({ ...short, messa
 }
 assert.equal(streamed, text);
 
-const city = z.object({ city: z.string(), population: z.number().int() });
+const city = z.object({ city: z.string().max(12), population: z.number().int().min(0).max(1e8) });
 const parsed = await client.chat.completions.parse({
   ...short,
   messages: [{ role: "user", content: "Name a city and its population." }],
@@ -32,7 +32,7 @@ const tools = [
     type: "function",
     function: {
       name: "weather",
-      parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
+      parameters: { type: "object", properties: { city: { type: "string", enum: ["Paris", "Rome"] } }, required: ["city"] },
     },
   },
 ];
