@@ -4,7 +4,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke clients fuzz check docs lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke clients aot fuzz check docs lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -27,6 +27,7 @@ help:
 	@echo 'make setup      only make the environment ($(VENV))'
 	@echo 'make test       the tests, with a tenth of the long random runs; make test-all: all of them; TESTS="tests/test_x.py"'
 	@echo 'make smoke      a few fast tests'
+	@echo 'make aot        the steps compiled for TPUs that are not there; needs libtpu'
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
 	@echo 'make fuzz       ten minutes of random requests by schemathesis (SECONDS=60 for less)'
 	@echo 'make check      format, lint, types, walls'
@@ -66,6 +67,11 @@ smoke: $(STAMP)
 
 fuzz: $(STAMP)
 	@sh tools/fuzz.sh $(VENV) $(or $(SECONDS),600)
+
+# libtpu holds the TPU's compiler. No TPU is looked for, and several processes may load it.
+aot: $(STAMP)
+	@$(PY) -c 'import libtpu' 2>/dev/null || echo 'libtpu is not installed, so nothing is compiled: $(PY) -m pip install libtpu'
+	JAXSERVE_AOT=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(PY) -m pytest -q tests/aot $(TESTS)
 
 clients: $(STAMP)
 	@sh tools/clients.sh $(VENV)
