@@ -232,6 +232,7 @@ class EngineConfig:
     record_plans: str | None = None  # file that gets every step's plan when the engine ends: a debugging aid
     max_batch_running: int | None = None  # rows of batch work in a step while somebody interactive is there
     max_batch_prefill_tokens: int | None = None  # prompt tokens of batch work in a step, at such times
+    batch_linger: float = 2.0  # seconds after the last interactive request that still count as such times
     log_level: str = "info"
 
 

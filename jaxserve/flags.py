@@ -247,6 +247,12 @@ FLAGS: tuple[Flag, ...] = (
         "--chunked-prefill-size)",
         positive,
     ),
+    Flag(
+        ("--batch-linger",),
+        "engine.batch_linger",
+        "seconds after the last interactive request in which batches still keep to these two limits",
+        seconds,
+    ),
     Flag(("--is-embedding",), "server.embedding_only", "serve embeddings only: chat and completions are a 400", bool),
     Flag(("--max-body-size",), "server.max_body_size", "MiB of one request body", positive),
     Flag(("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", seconds),

@@ -506,6 +506,23 @@ def test_batch_caps_hold_while_interactive_work_exists_and_only_then(mixed: bool
     assert uncapped and capped, "batch work went on under the cap, and faster without it"
 
 
+def test_batch_caps_outlast_the_last_interactive_request_by_the_linger():
+    config = make_config(num_pages=200, max_batch_running=1, batch_linger=5.0, max_running=4, decode_buckets=(2, 4))
+    scheduler = Scheduler(config)
+    for i in range(4):
+        scheduler.add(Request(i, prompt(3, i), params(max_tokens=20), priority=1), now=0.0)
+    scheduler.add(Request(9, prompt(3, 9), params(max_tokens=1)), now=0.0)
+
+    def num_rows(now: float) -> int:
+        plan = scheduler.schedule(now)
+        assert plan is not None
+        return len(plan.sequences)
+
+    num_rows(0.0)
+    scheduler.abort([9])
+    assert [num_rows(now) for now in (0.1, 4.9, 5.1)] == [1, 1, 4]
+
+
 def _start(plan: words.StepPlan, row: int) -> int:
     return plan.bucket.num_decode + int(plan.arrays.chunk_starts[row - plan.bucket.num_decode])
 

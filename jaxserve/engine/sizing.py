@@ -86,6 +86,7 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
         radix_cache=not config.disable_radix_cache,
         max_batch_running=config.max_batch_running or max(1, max_running // BATCH_SHARE - 1),
         max_batch_prefill_tokens=_batch_prefill(config, prefill[-1][0], page_size),
+        batch_linger=config.batch_linger,
         pooling=model.pooling,
     )
     return Sizes(dtype, scheduler, tuple(notes))

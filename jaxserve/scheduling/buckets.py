@@ -24,6 +24,7 @@ class SchedulerConfig:
     lpm_patience: float = 10.0  # seconds after which a request is served in order of arrival
     max_batch_running: int | None = None  # rows of priority > 0 in a step while work of priority <= 0 exists
     max_batch_prefill_tokens: int | None = None  # the same for their prefill tokens; rounded down to pages
+    batch_linger: float = 0.0  # seconds for which both limits outlast the last work of priority <= 0
     pooling: Literal["last", "mean"] = "last"  # the tokens of a prompt that its vector is made of
 
     def __post_init__(self) -> None:
