@@ -69,6 +69,12 @@ _FILE = {
     "required": ["file", "purpose"],
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}},
 }
+_EVENT = {  # of each event in the stream, as OpenAPI 3.2 has it (section "Server-Sent Event Streams")
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "additionalProperties": False,
+}
 _ERRORS: dict[str, Any] = {
     "Error": {
         "type": "object",
@@ -186,7 +192,7 @@ def _answer(path: str) -> dict[str, Any]:
         schema = {"oneOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if path in _STREAMS:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return {
         "description": "The answer, or its events where stream is true." if path in _STREAMS else "The answer.",
         "content": content,
