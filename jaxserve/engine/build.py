@@ -43,8 +43,7 @@ class Engine:
 def build(config: EngineConfig, report: Report) -> Engine:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
-    programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
-    enable_persistent_cache(os.path.join(programs, "xla"))
+    programs = program_folder(config)
     devices = devices_of(config)
     platform = devices[0].platform
     model = read_model_config(config)
@@ -69,6 +68,13 @@ def build(config: EngineConfig, report: Report) -> Engine:
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))
+
+
+def program_folder(config: EngineConfig) -> str:
+    """Where compiled programs are kept; JAX's own cache, inside of it, is on from now."""
+    folder = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
+    enable_persistent_cache(os.path.join(folder, "xla"))
+    return folder
 
 
 def devices_of(config: EngineConfig) -> list[jax.Device]:

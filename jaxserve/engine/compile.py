@@ -175,7 +175,8 @@ def compile_programs(
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
     with precision(target.params):
-        done = compile_all(builder.lowerings, progress, _open_store(folder, target, buckets))
+        store = open_store(folder, target.replicated, _describe(target, buckets))
+        done = compile_all(builder.lowerings, progress, store)
     return Programs(
         steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
         admit=done["admit"],
@@ -321,26 +322,31 @@ class _Builder:
         return jax.tree.map(place, tree)
 
 
-def _open_store(folder: str | None, target: Target, buckets: Sequence[Bucket]) -> ExecutableStore | None:
+def open_store(folder: str | None, replicated: NamedSharding, description: str) -> ExecutableStore | None:
+    """The programs kept in that folder for these devices; description: see ExecutableStore."""
     if folder is None:
         return None
-    store = ExecutableStore(folder, list(target.replicated.mesh.devices.flat), _describe(target, buckets))
+    store = ExecutableStore(folder, list(replicated.mesh.devices.flat), description)
     store.open()
     return store
+
+
+def described(arrays: Any) -> tuple[list[tuple[Any, ...]], str]:
+    """A tree of abstract arrays -> shapes, types and shardings, and how they are nested; the same in every process."""
+    leaves, tree = jax.tree.flatten(arrays)
+    return [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves], str(tree)
 
 
 def _describe(target: Target, buckets: Sequence[Bucket]) -> str:
     """All that the programs are made from, the same text in every process. The structure of the model follows from its
     config, the layout and the parameters."""
     shape = target.shape
-    arrays, tree = jax.tree.flatten((target.params, target.state))
     fields = {field.name: getattr(shape, field.name) for field in fields_of(shape)}
     fields |= {"structure": None, "attention": shape.attention.name}
     text = repr(
         (
             sorted(fields.items()),
-            [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in arrays],
-            str(tree),
+            *described((target.params, target.state)),
             (target.max_model_len, str(target.replicated), target.layers_per_program),
             list(buckets),
         )

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, EncoderConfig, EngineConfig
-from jaxserve.engine.build import Report, compile_progress, devices_of
-from jaxserve.engine.compile import CompileCounter, compile_all, enable_persistent_cache, precision
-from jaxserve.engine.executables import ExecutableStore
+from jaxserve.engine.build import Report, compile_progress, devices_of, program_folder
+from jaxserve.engine.compile import CompileCounter, compile_all, described, open_store, precision
+from jaxserve.engine.loop import received
 from jaxserve.engine.weights import load_params
 from jaxserve.model.bert import EncoderShape, describe, encode
 from jaxserve.model.llama import Layout
@@ -46,7 +45,7 @@ MAX_TOKENS_ACCELERATOR = 16384
 # Options of decoders: of their cache, their sampling and their way of mixing work.
 _DECODERS_ONLY = (
     *("max_total_tokens", "page_size", "schedule_policy", "disable_radix_cache", "mixed_chunk", "decode_log_interval"),
-    *("record_plans", "max_batch_running", "max_batch_prefill_tokens"),
+    *("record_plans", "max_batch_running", "max_batch_prefill_tokens", "batch_linger", "attention_backend"),
 )
 
 
@@ -90,11 +89,8 @@ class EncoderRunner:
         # The slowest first: the pool then ends evenly.
         buckets = sorted(self._buckets, key=lambda b: -b.num_rows * b.num_tokens)
         lowerings = {bucket: functools.partial(self._lower, params, bucket) for bucket in buckets}
-        store = None
-        if folder is not None:
-            store = ExecutableStore(folder, list(self._replicated.mesh.devices.flat), self._describe(params))
-            store.open()
         with precision(params):
+            store = open_store(folder, self._replicated, self._describe(params))
             self._programs = compile_all(lowerings, progress, store)
 
     def _lower(self, params: Params, bucket: EncoderBucket) -> Any:
@@ -104,9 +100,7 @@ class EncoderRunner:
 
     def _describe(self, params: Params) -> str:
         """All that the programs are made from, the same text in every process."""
-        arrays, tree = jax.tree.flatten(params)
-        described = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in arrays]
-        return repr((self._shape.config, self._shape.layout, self._buckets, described, str(tree)))
+        return repr((self._shape.config, self._shape.layout, self._buckets, *described(params)))
 
     def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Take the parameters, and run every program once on padding."""
@@ -141,8 +135,7 @@ class Encoder:
 def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) -> Encoder:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
-    programs = config.compilation_cache_dir or os.path.join(config.cache_dir, "programs")
-    enable_persistent_cache(os.path.join(programs, "xla"))
+    programs = program_folder(config)
     devices = devices_of(config)
     platform = devices[0].platform
     max_len = _max_len(config, model)
@@ -214,12 +207,7 @@ class EncoderLoop:
 
     def _receive(self, *, wait: bool) -> bool:
         """Take in everything that has arrived; False to stop."""
-        while True:
-            try:
-                message = self._inbox.get(block=wait)
-            except queue.Empty:
-                return True
-            wait = False
+        for message in received(self._inbox, wait=wait):
             match message:
                 case AddRequests(requests):
                     for request in requests:
@@ -231,6 +219,7 @@ class EncoderLoop:
                     logger.debug("an encoder keeps no prefixes: nothing to flush")
                 case Stop():
                     return False
+        return True
 
     def _launch(self, batch: EncoderBatch) -> Vectors:
         self._running.update((request.id, request) for request in batch.requests)

@@ -5,8 +5,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from jaxserve.scheduling.grammar import Matcher
 
 logger = logging.getLogger(__name__)
+M = TypeVar("M")
 
 
 class Pending(Protocol):
@@ -34,6 +36,14 @@ class Runner(Protocol):
     """What the loop needs of ModelRunner."""
 
     def launch(self, plan: StepPlan) -> Pending: ...
+
+
+def received(inbox: "queue.SimpleQueue[M]", *, wait: bool) -> Iterator[M]:
+    """Everything that has arrived, in order; wait: for the first of it."""
+    with suppress(queue.Empty):
+        while True:
+            yield inbox.get(block=wait)
+            wait = False
 
 
 class EngineLoop:
@@ -95,12 +105,7 @@ class EngineLoop:
 
     def _receive(self, *, wait: bool) -> bool:
         """Take in everything that has arrived; False to stop."""
-        while True:
-            try:
-                message = self._inbox.get(block=wait)
-            except queue.Empty:
-                return True
-            wait = False
+        for message in received(self._inbox, wait=wait):
             match message:
                 case AddRequests(requests):
                     for request in requests:
@@ -114,6 +119,7 @@ class EngineLoop:
                     self._scheduler.flush_cache()
                 case Stop():
                     return False
+        return True
 
     def _add(self, request: Request) -> None:
         if request.grammar is None:

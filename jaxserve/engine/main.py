@@ -83,7 +83,7 @@ def _start(
         return _start_encoder(config, encoder, inbox, send), lambda: None
     from jaxserve.engine.build import build
     from jaxserve.engine.grammars import Grammars, load_vocabulary
-    from jaxserve.engine.loop import EngineLoop, start_watchdog
+    from jaxserve.engine.loop import EngineLoop
     from jaxserve.engine.record import RecordingRunner
     from jaxserve.scheduling.scheduler import Scheduler
 
@@ -106,10 +106,7 @@ def _start(
         overlap=not config.disable_overlap,
         decode_log_interval=config.decode_log_interval,
     )
-    if config.watchdog_timeout > 0:
-        start_watchdog(loop, config.watchdog_timeout)
-    gc.collect()
-    gc.freeze()  # what start-up made stays; collections in the loop need not walk it
+    _settle(config, loop)
     sizes = engine.sizes.scheduler
     send(
         Ready(
@@ -141,7 +138,6 @@ def _start_encoder(
 ) -> "EncoderLoop":
     """The same for a model that makes vectors only."""
     from jaxserve.engine.encoder import EncoderLoop, build_encoder
-    from jaxserve.engine.loop import start_watchdog
 
     started = time.monotonic()
     engine = build_encoder(config, model, lambda *stage: send(Progress(*stage)))
@@ -156,10 +152,7 @@ def _start_encoder(
         compilations=lambda: engine.counter.after_ready,
         overlap=not config.disable_overlap,
     )
-    if config.watchdog_timeout > 0:
-        start_watchdog(loop, config.watchdog_timeout)
-    gc.collect()
-    gc.freeze()
+    _settle(config, loop)
     send(
         Ready(
             max_model_len=engine.max_len,
@@ -179,6 +172,16 @@ def _start_encoder(
         )
     )
     return loop
+
+
+def _settle(config: EngineConfig, loop: "EngineLoop | EncoderLoop") -> None:
+    """The last thing before ready."""
+    from jaxserve.engine.loop import start_watchdog
+
+    if config.watchdog_timeout > 0:
+        start_watchdog(loop, config.watchdog_timeout)
+    gc.collect()
+    gc.freeze()  # what start-up made stays; collections in the loop need not walk it
 
 
 def _read(
