@@ -9,10 +9,10 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from jaxserve.api.errors import APIError, invalid_request, unavailable, unsupported
+from jaxserve.api.errors import APIError, invalid_request, unavailable
 from jaxserve.api.http import json_response, read_json
 from jaxserve.api.running import Caller
-from jaxserve.api.schema import Refused, as_invalid_request, is_neutral
+from jaxserve.api.schema import Refused, as_invalid_request, refuse
 from jaxserve.api.serving import Serving
 from jaxserve.types import ProfileReport, StartProfile, StopProfile
 
@@ -87,8 +87,7 @@ async def start_profile(serving: Serving, http: Request) -> Response:
     body = await read_json(http, serving.config.max_body_size, may_be_empty=True)
     serving.require_ready()
     for name, rule in _PROFILE_FIELDS.items():
-        if (value := body.get(name)) is not None and not is_neutral(value, rule.neutral):
-            raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
+        refuse(rule, name, body.get(name))
     try:
         request = ProfileRequest.model_validate(body)
     except ValidationError as error:

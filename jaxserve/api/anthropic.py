@@ -1,6 +1,5 @@
 """Anthropic's /v1/messages (Anthropic API reference, "Messages"), for clients that speak it."""
 
-import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from jaxserve.api import running
 from jaxserve.api.anthropic_events import Event, MessageBuilder
 from jaxserve.api.anthropic_request import MessagesRequest, as_chat_request, in_our_words, parse_messages_request
 from jaxserve.api.chat_turn import ChatTurn, begin_turn
-from jaxserve.api.errors import APIError, anthropic_error, as_api_error, internal_error
-from jaxserve.api.generation import Reply, Usage, log_request
-from jaxserve.api.http import json_response, read_json, typed_event
+from jaxserve.api.errors import APIError, anthropic_error
+from jaxserve.api.generation import Reply, Usage, log_request, with_errors
+from jaxserve.api.http import json_response, read_json, typed_event, typed_events
 from jaxserve.api.response_events import new_id
 from jaxserve.api.route import Route
 from jaxserve.api.serving import Serving
 from jaxserve.text.message import MessageDelta
 from jaxserve.text.params import ParameterError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,24 +148,9 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     return _message(job, job.builder.content, stop)
 
 
-async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
+def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """A failure after the first event is an event of its own; before it, raises."""
-    begun = False
-    source = _run(serving, job)
-    try:
-        async for events in source:
-            yield b"".join(typed_event(each) for each in events)
-            begun = True
-    except Exception as error:
-        if not begun:
-            raise
-        known = as_api_error(error)
-        if known is None:
-            log.exception("a message's stream failed")
-            known = internal_error()
-        yield typed_event(anthropic_error(known))
-    finally:
-        await source.aclose()
+    return with_errors(typed_events(_run(serving, job)), lambda error: typed_event(anthropic_error(error)))
 
 
 ROUTE: Route[Job] = Route(_begin, _whole, _events)

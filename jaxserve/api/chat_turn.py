@@ -39,12 +39,15 @@ class ChatTurn:
     """One request, ready to run. messages yields (choice, delta); whoever reads it closes it, which aborts."""
 
     request: ChatRequest
-    num_prompt: int  # tokens
+    prompt_ids: Sequence[int]
     params: list[SamplingParams]  # one of each choice
     usage: Usage  # grows as messages is read
     tools: ToolUse
     messages: MessageDeltas
-    prompt_ids: Sequence[int] = ()
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
 
 
 async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) -> ChatTurn:
@@ -81,7 +84,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     if request.stream:
         deltas = at_least(deltas, serving.config.stream_interval)
     usage = Usage(len(prompt), serving.config.enable_cache_report)
-    return ChatTurn(request, len(prompt), params, usage, tools, _messages(deltas, usage, reading), prompt)
+    return ChatTurn(request, prompt, params, usage, tools, _messages(deltas, usage, reading))
 
 
 def _tools(serving: Serving, request: ChatRequest) -> ToolUse:

@@ -1,12 +1,11 @@
 """What a client may send to /generate. Lists have one entry for each prompt; a single value is for all of them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jaxserve.api.errors import invalid_request, unsupported
+from jaxserve.api.errors import invalid_request
 from jaxserve.api.schema import (
     MAX_CHOICES,
     MAX_ID_LENGTH,
@@ -15,7 +14,7 @@ from jaxserve.api.schema import (
     Refused,
     TokenId,
     as_invalid_request,
-    is_neutral,
+    check_names,
 )
 
 MAX_NATIVE_STOPS = 64
@@ -153,11 +152,11 @@ REFUSED_IN_SAMPLING: dict[str, Refused] = {
 
 def parse_generate(body: dict[str, Any], fields: FieldLog) -> GenerateRequest:
     """body -> a request with right types. Raises APIError 400 naming the field at fault."""
-    _check_names(body, GenerateRequest, REFUSED_IN_GENERATE, fields, "")
+    check_names(GenerateRequest, body, REFUSED_IN_GENERATE, fields)
     sampling = body.get("sampling_params")
     for each in sampling if isinstance(sampling, list) else [sampling]:
         if isinstance(each, dict):
-            _check_names(each, NativeSampling, REFUSED_IN_SAMPLING, fields, "sampling_params.")
+            check_names(NativeSampling, each, REFUSED_IN_SAMPLING, fields, "sampling_params.")
     try:
         request = GenerateRequest.model_validate(body)
     except ValidationError as error:
@@ -168,16 +167,3 @@ def parse_generate(body: dict[str, Any], fields: FieldLog) -> GenerateRequest:
         name = "text" if request.input_ids is None else "input_ids"
         raise invalid_request(f"'{name}' must not be empty.", name, "empty_prompt")
     return request
-
-
-def _check_names(
-    given: Mapping[str, Any], kind: type[BaseModel], refused: Mapping[str, Refused], fields: FieldLog, where: str
-) -> None:
-    for name, value in given.items():
-        if name in kind.model_fields:
-            continue
-        rule = refused.get(name)
-        if rule is None:
-            fields.note(where + name)
-        elif value is not None and not is_neutral(value, rule.neutral):
-            raise unsupported(f"{where + name!r} is not supported: {rule.why}.", where + name)

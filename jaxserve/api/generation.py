@@ -4,12 +4,12 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxserve.api import running
-from jaxserve.api.errors import as_api_error, internal_error, invalid_request, unavailable
+from jaxserve.api.errors import APIError, as_api_error, internal_error, invalid_request, unavailable
 from jaxserve.api.http import DONE, event
 from jaxserve.api.running import Caller
 from jaxserve.api.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -267,8 +267,14 @@ def join(first: Delta, second: Delta) -> Delta:
     )
 
 
-async def with_errors(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Ends a stream that has begun and then fails with an error event and [DONE]; before its first event, raises."""
+def _error_and_done(error: APIError) -> bytes:
+    return event(error.body()) + DONE
+
+
+async def with_errors(
+    events: AsyncGenerator[bytes, None], ending: Callable[[APIError], bytes] = _error_and_done
+) -> AsyncGenerator[bytes, None]:
+    """Ends a stream that has begun and then fails with `ending` of its error; before its first event, raises."""
     begun = False
     try:
         async for item in events:
@@ -281,8 +287,7 @@ async def with_errors(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[byt
         if known is None:
             log.exception("a stream failed")
             known = internal_error()
-        yield event(known.body())
-        yield DONE
+        yield ending(known)
     finally:
         await events.aclose()
 

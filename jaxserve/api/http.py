@@ -65,6 +65,15 @@ def typed_event(value: dict[str, Any]) -> bytes:
     return b"event: " + value["type"].encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
 
 
+async def typed_events(source: AsyncGenerator[list[dict[str, Any]], None]) -> AsyncGenerator[bytes, None]:
+    """Each group of events as one piece; closing it closes the source."""
+    try:
+        async for events in source:
+            yield b"".join(map(typed_event, events))
+    finally:
+        await source.aclose()
+
+
 async def _disconnected(receive: Receive) -> None:
     """Returns once the client has left; the request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from jaxserve.api.errors import APIError, invalid_request, renamed, unsupported
 from jaxserve.api.metadata import check_metadata
 from jaxserve.api.response_items import Item, as_messages
-from jaxserve.api.schema import ChatRequest, FieldLog, Refused, as_invalid_request, is_neutral, parse_request
+from jaxserve.api.schema import ChatRequest, FieldLog, Refused, as_invalid_request, parse_request, refuse
 from jaxserve.text.params import ParameterError
 
 LOGPROBS = "message.output_text.logprobs"
@@ -103,9 +103,7 @@ _NOT_FOR_CHAT = {*ResponseRequest.model_fields, *REFUSED_IN_RESPONSES} - {"model
 def parse_response_request(body: dict[str, Any]) -> ResponseRequest:
     """Raises APIError 400 naming the field at fault. What goes to chat's schema is checked by as_chat_request."""
     for name, rule in REFUSED_IN_RESPONSES.items():
-        value = body.get(name)
-        if value is not None and not is_neutral(value, rule.neutral):
-            raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
+        refuse(rule, name, body.get(name))
     try:
         request = ResponseRequest.model_validate(body)
     except ValidationError as error:

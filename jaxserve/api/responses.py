@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from jaxserve.api import running
 from jaxserve.api.chat_turn import ChatTurn, begin_turn
-from jaxserve.api.errors import APIError, as_api_error, internal_error, invalid_request, not_found
-from jaxserve.api.generation import Reply, Usage, log_request
-from jaxserve.api.http import json_response, read_json, typed_event
+from jaxserve.api.errors import APIError, invalid_request, not_found
+from jaxserve.api.generation import Reply, Usage, log_request, with_errors
+from jaxserve.api.http import json_response, read_json, typed_event, typed_events
 from jaxserve.api.logprobs import chat_logprobs
 from jaxserve.api.paging import integer_query, page_object
 from jaxserve.api.response_events import Entries, Event, ResponseBuilder, new_id
@@ -302,26 +302,15 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
     return job.builder.response
 
 
-async def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
+def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """A failure after the first event is told by response.failed; before it, raises."""
-    begun = False
-    source = _run(serving, job)
-    try:
-        async for events in source:
-            yield b"".join(typed_event(each) for each in events)
-            begun = True
-    except Exception as error:
-        if not begun:
-            raise
-        known = as_api_error(error)
-        if known is None:
-            log.exception("a response's stream failed")
-            known = internal_error()
-        job.builder.fail("server_error", known.message)
+
+    def failed(error: APIError) -> bytes:
+        job.builder.fail("server_error", error.message)
         job.builder.update(store=False)
-        yield b"".join(typed_event(each) for each in job.builder.end())
-    finally:
-        await source.aclose()
+        return b"".join(map(typed_event, job.builder.end()))
+
+    return with_errors(typed_events(_run(serving, job)), failed)
 
 
 async def _find(serving: Serving, http: Request) -> StoredResponse:

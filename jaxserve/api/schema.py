@@ -258,18 +258,31 @@ def parse_request(kind: type[R], body: dict[str, Any], fields: FieldLog) -> R:
 
 def parse_fields(kind: type[M], body: dict[str, Any], refused: Mapping[str, Refused], fields: FieldLog) -> M:
     """The same for any route, by its own table of refused fields."""
-    for name, value in body.items():
-        if name in kind.model_fields:
-            continue
-        rule = refused.get(name)
-        if rule is None:
-            fields.note(name)
-        elif value is not None and not is_neutral(value, rule.neutral):
-            raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
+    check_names(kind, body, refused, fields)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise as_invalid_request(error, kind) from None
+
+
+def check_names(
+    kind: type[BaseModel], given: Mapping[str, Any], refused: Mapping[str, Refused], fields: FieldLog, where: str = ""
+) -> None:
+    """Fields that kind does not have: refused or logged. where: the path to them, as in "sampling_params."."""
+    for name, value in given.items():
+        if name in kind.model_fields:
+            continue
+        rule = refused.get(name)
+        if rule is None:
+            fields.note(where + name)
+        else:
+            refuse(rule, where + name, value)
+
+
+def refuse(rule: Refused, name: str, value: Any) -> None:
+    """Raises APIError 400 unless the value asks for nothing."""
+    if value is not None and not is_neutral(value, rule.neutral):
+        raise unsupported(f"{name!r} is not supported: {rule.why}.", name)
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -16,6 +16,7 @@ class Picked:
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.frontier = frontier
+        self.capped = capped  # batch work keeps to its limits
         self.tokens_left = config.chunk_size  # multiples of the page size, both
         self.batch_tokens_left = config.chunk_size
         self.batch_rows_left = config.max_running

@@ -57,7 +57,6 @@ class Scheduler:
         self._known: dict[int, Sequence] = {}
         self._num_interactive = 0  # of _known, priority <= 0
         self._interactive_at = float("-inf")  # when there was some last
-        self._batch_is_capped = False
         self._num_batch_running = 0  # with a slot, priority > 0
         self._num_arrived = 0
         self._prefilled_last = False
@@ -123,8 +122,7 @@ class Scheduler:
         if self._num_interactive:
             self._interactive_at = now
         lingers = now - self._interactive_at < self.config.batch_linger
-        self._batch_is_capped = self._num_interactive > 0 or lingers
-        picked = Picked(self.config, self._frontier(), self._batch_is_capped)
+        picked = Picked(self.config, self._frontier(), self._num_interactive > 0 or lingers)
         if self.config.mixed:
             self._pick_decode(picked)
             self._pick_chunks(picked, now)
@@ -200,7 +198,7 @@ class Scheduler:
 
     def _has_room_for_new(self, priority: int, picked: Picked) -> bool:
         cap = self.config.max_batch_running
-        if priority > 0 and cap is not None and self._batch_is_capped and self._num_batch_running >= cap:
+        if priority > 0 and cap is not None and picked.capped and self._num_batch_running >= cap:
             return False
         return picked.has_room(priority)
 
