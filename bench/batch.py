@@ -115,7 +115,7 @@ async def speed(api: Api, args: argparse.Namespace, model: str) -> dict[str, Any
         started = time.monotonic()
         batch = api.start(lines)
         while (batch := api.get(batch["id"]))["status"] not in FINAL:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(POLL_SECONDS)
         batches.append(batch["usage"]["output_tokens"] / (time.monotonic() - started))
         for concurrency in args.concurrency:
             _flush(api)

@@ -68,6 +68,12 @@ def test_a_program_is_found_by_its_key_and_by_its_text(tmp_path, misses):
     assert len(misses) == 2 and changed.name != entry.name
 
 
+def test_a_first_start_says_nothing_of_an_index_that_never_was(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        _store(tmp_path / "new")
+    assert not caplog.records
+
+
 def test_a_donated_argument_is_still_donated(tmp_path, misses):
     _fill(tmp_path, f=_lowered())
     given = jnp.ones(8)

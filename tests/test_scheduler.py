@@ -523,6 +523,21 @@ def test_batch_caps_outlast_the_last_interactive_request_by_the_linger():
     assert [num_rows(now) for now in (0.1, 4.9, 5.1)] == [1, 1, 4]
 
 
+@pytest.mark.parametrize("priority", [0, 1])
+def test_batch_work_alone_gathers_slots_for_a_full_chunk(priority: int):
+    sizes = {"num_pages": 400, "max_running": 16, "decode_buckets": (8, 16), "prefill_buckets": ((12, 1), (24, 3))}
+    server = Server(make_config(mixed=False, **sizes))
+    lengths = [8 + 7 * i % 17 for i in range(40)]  # they end one by one
+    server.add(*(Request(i, prompt(12, i), params(max_tokens=n), priority=priority) for i, n in enumerate(lengths)))
+    chunks = []  # prompt tokens of each prefill while more requests wait
+    while server.scheduler.has_work:
+        plan = server.turn()
+        if plan is not None and plan.bucket.num_prefill and len(server.scheduler._waiting):
+            chunks.append(plan.bucket.num_prefill)
+    server.finish()
+    assert 24 in chunks and (12 in chunks) == (priority == 0), chunks
+
+
 def _start(plan: words.StepPlan, row: int) -> int:
     return plan.bucket.num_decode + int(plan.arrays.chunk_starts[row - plan.bucket.num_decode])
 

@@ -90,11 +90,12 @@ class ExecutableStore:
     def open(self) -> None:
         """Makes the folder and reads the index, when there is one. Raises OSError when the folder cannot be made."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        with suppress(FileNotFoundError):
-            try:
-                self._found = pickle.loads(_read(self._index))
-            except _DAMAGE as error:
-                logger.info("compiled programs are not reused: %s", error)
+        try:
+            self._found = pickle.loads(_read(self._index))
+        except FileNotFoundError:
+            pass  # a first start
+        except _DAMAGE as error:
+            logger.info("compiled programs are not reused: %s", error)
 
     def load(self, key: str) -> Any | None:
         """The program of that key, without tracing; None where it must be lowered."""

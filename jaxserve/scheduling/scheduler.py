@@ -170,7 +170,7 @@ class Scheduler:
 
     def _admit_all(self, priority: int, picked: Picked, now: float) -> bool:
         """Admit of this priority what fits. False: someone waits for slots or pages, and nobody may overtake him."""
-        if not self._can_admit(priority):
+        if not self._can_admit(priority) or (priority > 0 and not picked.capped and self._gathers(priority)):
             return False
         for sequence in self._waiting.returning(priority):
             if sequence.num_in_flight or sequence in picked.preempted:
@@ -195,6 +195,14 @@ class Scheduler:
             return True
         running = len(self._decoding) + len(self._prefilling)
         return bool(self._free_slots) and self._pool.num_available > running
+
+    def _gathers(self, priority: int) -> bool:
+        """Batch work by itself lets a few slots wait for a full chunk, where prefills and decodes take turns: a padded
+        token costs what a real one does, and so does a step."""
+        slots = len(self._free_slots)
+        if self.config.mixed or self._prefilling or not self._decoding or slots > self.config.max_running // 8:
+            return False
+        return self._waiting.fills_less(priority, slots, self.config.chunk_size)
 
     def _has_room_for_new(self, priority: int, picked: Picked) -> bool:
         cap = self.config.max_batch_running

@@ -68,6 +68,11 @@ class WaitingQueue:
         lane = self._lanes.get(priority)
         return list(islice(lane.new.values(), count)) if lane else []
 
+    def fills_less(self, priority: int, count: int, tokens: int) -> bool:
+        """True when the first count new sequences have fewer prompt tokens than that, and more wait behind them."""
+        window = self.oldest(priority, count + 1)
+        return len(window) > count and sum(sequence.num_prompt for sequence in window[:count]) < tokens
+
 
 def longest_match_order(
     window: list[Sequence], num_matched: Callable[[Sequence], int], impatient_before: float
