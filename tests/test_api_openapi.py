@@ -12,8 +12,16 @@ from tests.api_server import ApiServer
 @pytest.fixture(scope="module")
 def document():
     with ApiServer("x") as server:
-        assert "openapi.json" in server.http.get("/docs").text
         yield server.http.get("/openapi.json").json()
+
+
+def test_the_page_of_the_document_asks_nobody_else():
+    with ApiServer("x") as server:
+        page = server.http.get("/docs").text
+        assert "/openapi.json" in page
+        files = re.findall(r"""(?:href|src)=["']([^"']+)""", page)
+        assert len(files) >= 3 and all(file.startswith("/docs/static/") for file in files), files
+        assert [server.http.get(file).status_code for file in files] == [200] * len(files)
 
 
 def operations(document: dict[str, Any]):

@@ -4,9 +4,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from jaxserve.api import (
     admin,
@@ -101,12 +103,13 @@ def create_app(
     serving = Serving(client, config, Metrics(client, name), tokenizer)
     if store is not None:
         serving.store, serving.batch_worker = store, BatchWorker(serving, store, concurrency=config.batch_concurrency)
-    app = _Application(title="jaxserve", version=__version__, redirect_slashes=False)
+    app = _Application(title="jaxserve", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.serving = serving
     for paths, methods, endpoint, _ in ROUTES:
         for path in paths:
             for method in methods:
                 _add_route(app, serving, path, method, endpoint)
+    _add_docs(app)
     errors.install(app)
     app.add_middleware(Door, config=config)
     if config.allowed_origins:  # outside the door: a browser asks for permission without the key
@@ -134,3 +137,19 @@ def _add_route(app: FastAPI, serving: Serving, path: str, method: str, endpoint:
         operation_id=f"{name}_{method.lower()}_{path.strip('/').replace('/', '_')}",
         response_model=None,
     )
+
+
+def _add_docs(app: FastAPI) -> None:
+    """/docs without a request to anywhere else: accelerator machines often have no way out."""
+
+    async def docs(_request: Request) -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="jaxserve: the API",
+            swagger_js_url="/docs/static/swagger-ui-bundle.js",
+            swagger_css_url="/docs/static/swagger-ui.css",
+            swagger_favicon_url="/docs/static/favicon.png",
+        )
+
+    app.add_route("/docs", docs, include_in_schema=False)
+    app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]), name="docs")
