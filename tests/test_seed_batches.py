@@ -56,4 +56,9 @@ def test_the_seed_notebooks_batch_cells_run_unmodified(tmp_path: Path, monkeypat
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("JAXSERVE_SLOW"), reason="takes a minute of real time: JAXSERVE_SLOW=1")
 def test_they_run_on_the_default_model_in_their_own_time(live: RealServer, tmp_path: Path, monkeypatch, capsys):
-    check(run_cells(live.url, monkeypatch, tmp_path, capsys))
+    try:
+        check(run_cells(live.url, monkeypatch, tmp_path, capsys))
+    finally:  # one cell watches its batch five times and leaves it running
+        for batch in live.client.batches.list():
+            if batch.status in ("validating", "in_progress"):
+                live.client.batches.cancel(batch.id)
