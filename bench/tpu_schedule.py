@@ -90,7 +90,7 @@ def compile_here(target: str, num_heads: int, num_kv_heads: int, head_dim: int) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def attend(q, new, pages, layer, table, lens):
-        (work,) = tpu_decode.plan(table, lens)
+        (work,) = tpu_decode.plan(table, lens, PAGE_SIZE)
         return tpu_decode.attend(q, new, pages, layer, work, num_kv_heads=num_kv_heads)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -1,21 +1,22 @@
 """The one contract of paged attention, and the choice of who fulfils it.
 
 A step has S decode rows with one token each, then T prefill tokens in R chunks; either may be absent. A backend gives
-``plan``, run once per step, and ``attend``, run in every layer, which writes the new tokens' K and V into the cache and
-then attends, so that a kernel may fuse the two. q [S + T, H, D], k and v [S + T, K, D]; the result is [S + T, H, D] in
-q's dtype; scores, maxima and sums are float32. Rows with kv_len 0 are padding: they write nothing, and what they return
-is finite and ignored.
+``plan``, run once per step and kind of layer (kernels_pallas.kinds: windows, soft caps), and ``attend``, run in every
+layer with the plan of its kind, which writes the new tokens' K and V into the cache and then attends, so that a kernel
+may fuse the two. q [S + T, H, D], k and v [S + T, K, D]; the result is [S + T, H, D] in q's dtype; scores, maxima and
+sums are float32. Rows with kv_len 0 are padding: they write nothing, and what they return is finite and ignored. Pages
+that lie wholly before a row's window are not read, and their entries in the page table may be anything.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from kernels_pallas import tpu, xla
 from kernels_pallas.cache import KVCache
+from kernels_pallas.kinds import FULL, LayerKind, Work
 
 Layer = int | jax.Array
 
@@ -43,11 +44,11 @@ class PrefillChunks:
 
 @dataclass(frozen=True)
 class Attention:
-    """One backend. The work that plan returns is what all layers of a step share."""
+    """One backend. The work that plan returns is what all layers of a kind share in a step."""
 
     name: str
-    plan: Callable[[DecodeRows | None, PrefillChunks | None, int], Any]  # the last is the page size
-    attend: Callable[[jax.Array, jax.Array, jax.Array, KVCache, Layer, Any], tuple[jax.Array, KVCache]]
+    plan: Callable[[DecodeRows | None, PrefillChunks | None, int, LayerKind], Work]  # the int is the page size
+    attend: Callable[[jax.Array, jax.Array, jax.Array, KVCache, Layer, Work], tuple[jax.Array, KVCache]]
     page_multiple: int = 1  # page sizes it can have are multiples of this
 
 
@@ -74,4 +75,14 @@ def default_page_size(platform: str) -> int:
     return {"tpu": 128, "gpu": 64, "cuda": 64, "rocm": 64}.get(platform, 16)
 
 
-__all__ = ["Attention", "DecodeRows", "KVCache", "PrefillChunks", "choose", "default_page_size"]
+__all__ = [
+    "FULL",
+    "Attention",
+    "DecodeRows",
+    "KVCache",
+    "LayerKind",
+    "PrefillChunks",
+    "Work",
+    "choose",
+    "default_page_size",
+]

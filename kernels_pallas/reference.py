@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.cache import KVCache, pack, unpack
+from kernels_pallas.kinds import FULL, LayerKind
 
 
 def write(
@@ -18,10 +19,16 @@ def write(
 
 
 def attend(
-    q: jax.Array, cache: KVCache, layer: int | jax.Array, page_table: jax.Array, positions: jax.Array, num_kv_heads: int
+    q: jax.Array,
+    cache: KVCache,
+    layer: int | jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    num_kv_heads: int,
+    kind: LayerKind = FULL,
 ) -> jax.Array:
     """q [N, H, D], page_table [N, M], positions [N] -> [N, H, D]: token n sees positions 0 .. positions[n] of its own
-    pages.
+    pages, the last kind.window of them where there is a window.
 
     A position below 0 marks padding and gives zeros. Scores and sums are float32.
     """
@@ -30,8 +37,10 @@ def attend(
     rows = jnp.moveaxis(gathered, 1, 2).reshape(num_tokens, gathered.shape[2], -1, gathered.shape[-1])
     k, v = unpack(rows, num_kv_heads, head_dim)  # [N, K, M * page_size, D]
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("nkgd,nktd->nkgt", grouped, k, preferred_element_type=jnp.float32) / head_dim**0.5
-    visible = jnp.arange(k.shape[2])[None] <= positions[:, None]
+    scores = jnp.einsum("nkgd,nktd->nkgt", grouped, k, preferred_element_type=jnp.float32)
+    scores = kind.capped(scores * kind.scale_of(head_dim))
+    behind = positions[:, None] - jnp.arange(k.shape[2])[None]
+    visible = behind >= 0 if kind.window is None else (behind >= 0) & (behind < kind.window)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
     v = jnp.where(visible[:, None, :, None], v, 0)  # a page that was never written may hold NaN

@@ -9,6 +9,9 @@ that the cache can be aliased and never copied.
 Where K and V share lanes (head_dim <= 64) q is padded with zeros over V's lanes and the upper half of the weighted sum
 is the answer: twice the products, which a memory-bound kernel has to spare, and no slicing of lanes. All query heads
 of a kv head meet each tile of K and V at once. Online softmax in base 2 (log2(e) is part of the scale).
+
+Where layers have a window the plan cuts each row to the pages that its new token sees, and the kernel masks the rest of
+the first of them: it never learns of what lies before.
 """
 
 import functools
@@ -23,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.cache import LANES, shares_lanes
+from kernels_pallas.kinds import FULL, LayerKind
 
 Index = int | jax.Array
 Interpret = bool | pltpu.InterpretParams
@@ -44,8 +48,9 @@ class DecodeWork:
     page_table: jax.Array  # [s * M]
 
 
-def plan(page_table: jax.Array, kv_lens: jax.Array) -> tuple[DecodeWork, ...]:
+def plan(page_table: jax.Array, kv_lens: jax.Array, page_size: int, kind: LayerKind = FULL) -> tuple[DecodeWork, ...]:
     """page_table [S, M], kv_lens [S] -> the work of one call, or of several that share the rows out evenly."""
+    page_table, kv_lens = kind.last_pages(page_table, kv_lens, page_size)
     num_rows, max_pages = page_table.shape
     calls = -(-4 * num_rows * max_pages // SMEM_TABLE_BYTES)
     size = -(-num_rows // calls)
@@ -74,6 +79,7 @@ def attend(
     work: DecodeWork,
     *,
     num_kv_heads: int,
+    kind: LayerKind = FULL,
     max_block_tokens: int = MAX_BLOCK_TOKENS,
     interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +96,7 @@ def attend(
     max_pages = work.page_table.shape[0] // num_rows
     block_pages = pages_per_block(num_page_rows, page_size, max_pages, pages.dtype.itemsize, max_block_tokens)
     tile = math.gcd(4 * _SUBLANES // pages.dtype.itemsize, page_size)  # tokens that share a tile of VMEM
-    grouped = (q * (head_dim**-0.5 * LOG2_E)).astype(q.dtype).reshape(num_rows, num_kv_heads, group, head_dim)
+    grouped = scaled(q, kind).reshape(num_rows, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded_group - group), (0, width - head_dim)))
 
     block_shape = (num_page_rows, block_pages * page_size, LANES)
@@ -100,7 +106,13 @@ def attend(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, pages = pl.pallas_call(
         functools.partial(
-            _kernel, num_rows=num_rows, max_pages=max_pages, block_pages=block_pages, tile=tile, shared=shared
+            _kernel,
+            num_rows=num_rows,
+            max_pages=max_pages,
+            block_pages=block_pages,
+            tile=tile,
+            shared=shared,
+            kind=kind,
         ),
         out_shape=[jax.ShapeDtypeStruct(grouped.shape, q.dtype), jax.ShapeDtypeStruct(pages.shape, pages.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -162,6 +174,7 @@ def _kernel(
     block_pages: int,
     tile: int,
     shared: bool,
+    kind: LayerKind,
 ) -> None:
     layer, kv_lens, next_used, page_table, q, new, _, out, pages, buffers, stage, maxima, sums, accumulators, *dma = (
         refs
@@ -247,17 +260,24 @@ def _kernel(
             accumulators[...] = jnp.zeros_like(accumulators)
 
         state = (maxima, sums, accumulators)
+        border = last if kind.window is None else last | (block == 0)
 
         @pl.when(last)
         def _() -> None:
             insert(row, slot, num_written)
+
+        @pl.when(border)
+        def _() -> None:
             length = kv_lens[row] - block * block_tokens
-            _attend_block(q.at[row], buffers.at[slot], state, shared, length)
+            _attend_block(q.at[row], buffers.at[slot], state, shared, kind, length)
+
+        @pl.when(last)
+        def _() -> None:
             out[row] = (accumulators[...] / sums[..., :1]).astype(out.dtype)
 
-        @pl.when(jnp.logical_not(last))
+        @pl.when(jnp.logical_not(border))
         def _() -> None:
-            _attend_block(q.at[row], buffers.at[slot], state, shared, None)
+            _attend_block(q.at[row], buffers.at[slot], state, shared, kind, None)
 
         return next_row, next_block, 1 - slot, num_written + last.astype(jnp.int32)
 
@@ -276,17 +296,23 @@ def _kernel(
             write_back(jnp.int32(0), jnp.int32(parity)).wait()
 
 
-def _attend_block(q: Any, block: Any, state: tuple[Any, ...], shared: bool, length: jax.Array | None) -> None:
+def _attend_block(
+    q: Any, block: Any, state: tuple[Any, ...], shared: bool, kind: LayerKind, length: jax.Array | None
+) -> None:
     """q [K, G, W], block [R, n, 128] -> running maxima, sums [K, G, 128] and accumulators [K, G, W] of all heads.
 
-    length: tokens of the block that count; None: all. The products of one head stand beside the softmax of the next.
+    length: tokens from the block's first to the row's last; None: all of the block is seen. The products of one head
+    stand beside the softmax of the next.
     """
     maxima, sums, accumulators = state
     num_kv_heads = q.shape[0]
     num_tokens = block.shape[1]
     pending: tuple[Any, ...] = ()
     if length is not None:
-        visible = lax.broadcasted_iota(jnp.int32, (1, num_tokens), 1) < length
+        index = lax.broadcasted_iota(jnp.int32, (1, num_tokens), 1)
+        visible = index < length
+        if kind.window is not None:
+            visible &= index >= length - kind.window
         real = lax.broadcasted_iota(jnp.int32, (num_tokens, LANES), 0) < length
 
     def values_of(head: int) -> list[jax.Array]:
@@ -301,7 +327,7 @@ def _attend_block(q: Any, block: Any, state: tuple[Any, ...], shared: bool, leng
             accumulators[head, :, lanes] = accumulators[head, :, lanes] * shrink + product
 
     for head in range(num_kv_heads):
-        scores = scores_of(q[head], block, head_rows(head, num_kv_heads, block.shape[0], shared)[0])
+        scores = scores_of(q[head], block, head_rows(head, num_kv_heads, block.shape[0], shared)[0], kind)
         if length is not None:
             scores = jnp.where(visible, scores, MASKED)
         weights, shrink = online_softmax(scores, maxima, sums, head)
@@ -309,6 +335,12 @@ def _attend_block(q: Any, block: Any, state: tuple[Any, ...], shared: bool, leng
             finish(*pending)
         pending = (head, weights, shrink)
     finish(*pending)
+
+
+def scaled(q: jax.Array, kind: LayerKind) -> jax.Array:
+    """q times what makes its products with K scores in base 2, or where they are capped, what tanh takes."""
+    factor = LOG2_E if kind.softcap is None else 1 / kind.softcap
+    return (q * (kind.scale_of(q.shape[-1]) * factor)).astype(q.dtype)
 
 
 def head_rows(head: Index, num_kv_heads: int, num_page_rows: int, shared: bool) -> tuple[list[Index], list[Index]]:
@@ -320,8 +352,8 @@ def head_rows(head: Index, num_kv_heads: int, num_page_rows: int, shared: bool) 
     return [first + part for part in range(parts)], [first + parts + part for part in range(parts)]
 
 
-def scores_of(q: jax.Array, block: Any, key_rows: list[Index]) -> jax.Array:
-    """q [m, W], block [R, n, 128] -> [m, n] float32, summed over the rows that K is cut into."""
+def scores_of(q: jax.Array, block: Any, key_rows: list[Index], kind: LayerKind) -> jax.Array:
+    """q [m, W] (see scaled), block [R, n, 128] -> [m, n] float32 in base 2, summed over the rows that K is cut into."""
     parts = [
         lax.dot_general(
             q[:, part * LANES : (part + 1) * LANES],
@@ -331,7 +363,8 @@ def scores_of(q: jax.Array, block: Any, key_rows: list[Index]) -> jax.Array:
         )
         for part, index in enumerate(key_rows)
     ]
-    return functools.reduce(jnp.add, parts)
+    scores = functools.reduce(jnp.add, parts)
+    return scores if kind.softcap is None else jnp.tanh(scores) * (kind.softcap * LOG2_E)
 
 
 def online_softmax(scores: jax.Array, maxima: Any, sums: Any, head: Index) -> tuple[jax.Array, jax.Array]:

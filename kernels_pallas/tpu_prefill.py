@@ -4,8 +4,9 @@ A call first copies the chunks' K and V into their pages, whole pages at a time 
 runs a grid over tiles of q, a page's worth of tokens each and so of one chunk each: all query heads of a tile against
 the pages of its row up to the tile's last token (flash attention, Dao 2023), two KV buffers, one of which is filled
 while the other is attended to, across tiles too. Blocks in the tile's past need no mask; those that reach its diagonal,
-or the end of the row, have one. The rows of a tile are ordered (head in group, token), so that one product per kv head
-serves the whole group.
+or the end of the row, have one. Where layers have a window a tile begins with the page that its first token sees first,
+and blocks that reach before the window of its last token have a mask too. The rows of a tile are ordered (head in
+group, token), so that one product per kv head serves the whole group.
 """
 
 import functools
@@ -20,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.cache import LANES, shares_lanes
+from kernels_pallas.kinds import FULL, LayerKind
 from kernels_pallas.tpu_decode import (
-    LOG2_E,
     MASKED,
     Interpret,
     compiler_params,
@@ -29,6 +30,7 @@ from kernels_pallas.tpu_decode import (
     next_used,
     online_softmax,
     pages_per_block,
+    scaled,
     scores_of,
 )
 
@@ -44,6 +46,7 @@ class PrefillWork:
     tile_rows: jax.Array  # [N]
     tile_starts: jax.Array  # [N] position of the tile's first token
     tile_ends: jax.Array  # [N] position behind its last real token; 0 = unused tile
+    tile_pages: jax.Array  # [N] first page of its row that it sees; positions of tiles count from there
     next_used: jax.Array  # [N + 2] first used tile at or after this one; N: none
     page_table: jax.Array  # [R * M]
     write_pages: jax.Array  # [T / page_size] page of each page_size tokens; -1: padding, written nowhere
@@ -51,7 +54,12 @@ class PrefillWork:
 
 
 def plan(
-    page_table: jax.Array, kv_lens: jax.Array, starts: jax.Array, positions: jax.Array, page_size: int
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    starts: jax.Array,
+    positions: jax.Array,
+    page_size: int,
+    kind: LayerKind = FULL,
 ) -> PrefillWork:
     """page_table [R, M], kv_lens [R], starts [R + 1], positions [T] as in PrefillChunks -> the work of a call."""
     num_rows, max_pages = page_table.shape
@@ -65,12 +73,15 @@ def plan(
     tile = tile_tokens(page_size)
     row, start = every(tile)
     used = start < kv_lens[row]
+    seen = kind.first_page(start, page_size)
+    before = seen * page_size
     page_row, page_start = every(page_size)
     page = page_table[page_row, jnp.clip(page_start // page_size, 0, max_pages - 1)]
     return PrefillWork(
         tile_rows=row,
-        tile_starts=start,
-        tile_ends=jnp.where(used, jnp.minimum(start + tile, kv_lens[row]), 0),
+        tile_starts=start - before,
+        tile_ends=jnp.where(used, jnp.minimum(start + tile, kv_lens[row]) - before, 0),
+        tile_pages=seen,
         next_used=next_used(used),
         page_table=page_table.reshape(-1),
         write_pages=jnp.where(page_start < kv_lens[page_row], page, -1),
@@ -91,6 +102,7 @@ def attend(
     work: PrefillWork,
     *,
     num_kv_heads: int,
+    kind: LayerKind = FULL,
     max_block_tokens: int = MAX_BLOCK_TOKENS,
     interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -105,10 +117,12 @@ def attend(
     width = -(-head_dim // LANES) * LANES
     num_tiles = work.tile_rows.shape[0]
     tile = num_tokens // num_tiles
-    block_pages = pages_per_block(num_page_rows, page_size, work.max_pages, pages.dtype.itemsize, max_block_tokens)
+    most_pages = kind.most_pages(work.max_pages, page_size, tile)
+    block_pages = pages_per_block(num_page_rows, page_size, most_pages, pages.dtype.itemsize, max_block_tokens)
 
-    scaled = (q * (head_dim**-0.5 * LOG2_E)).astype(q.dtype)
-    tiles = jnp.moveaxis(scaled.reshape(num_tiles, tile, num_kv_heads, group, head_dim), 1, 3)  # [N, K, G, tile, D]
+    tiles = jnp.moveaxis(
+        scaled(q, kind).reshape(num_tiles, tile, num_kv_heads, group, head_dim), 1, 3
+    )  # [N, K, G, tile, D]
     tiles = tiles.reshape(num_tiles, num_kv_heads, group * tile, head_dim)
     tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
     new_pages = jnp.swapaxes(new.reshape(-1, page_size, num_page_rows, LANES), 1, 2)
@@ -120,10 +134,12 @@ def attend(
     tile_spec = pl.BlockSpec((1, *tiles.shape[1:]), lambda index, *scalars: (index, 0, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, pages = pl.pallas_call(
-        functools.partial(_kernel, max_pages=work.max_pages, block_pages=block_pages, tile=tile, shared=shared),
+        functools.partial(
+            _kernel, max_pages=work.max_pages, block_pages=block_pages, tile=tile, shared=shared, kind=kind
+        ),
         out_shape=[jax.ShapeDtypeStruct(tiles.shape, q.dtype), jax.ShapeDtypeStruct(pages.shape, pages.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=8,
             grid=(num_tiles,),
             in_specs=[tile_spec, anywhere, anywhere],
             out_specs=[tile_spec, anywhere],
@@ -137,7 +153,7 @@ def attend(
                 pltpu.SemaphoreType.DMA,
             ],
         ),
-        input_output_aliases={9: 1},  # scalars count
+        input_output_aliases={10: 1},  # scalars count
         compiler_params=compiler_params(vmem),
         cost_estimate=_cost(q, pages, work),
         interpret=interpret,
@@ -147,6 +163,7 @@ def attend(
         work.tile_rows,
         work.tile_starts,
         work.tile_ends,
+        work.tile_pages,
         work.next_used,
         work.page_table,
         work.write_pages,
@@ -170,8 +187,9 @@ def _cost(q: jax.Array, pages: jax.Array, work: PrefillWork) -> pl.CostEstimate:
     )
 
 
-def _kernel(*refs: Any, max_pages: int, block_pages: int, tile: int, shared: bool) -> None:
-    layer, tile_rows, tile_starts, tile_ends, next_used, page_table, write_pages, q, new_pages, _, *rest = refs
+def _kernel(*refs: Any, max_pages: int, block_pages: int, tile: int, shared: bool, kind: LayerKind) -> None:
+    layer, tile_rows, tile_starts, tile_ends, tile_pages, next_used, page_table, write_pages, *rest = refs
+    q, new_pages, _, *rest = rest
     out, pages, buffers, maxima, sums, accumulators, first_slot, arrived, written = rest
     page_size, block_tokens = pages.shape[3], buffers.shape[2]
     index, num_tiles = pl.program_id(0), pl.num_programs(0)
@@ -184,7 +202,7 @@ def _kernel(*refs: Any, max_pages: int, block_pages: int, tile: int, shared: boo
         return jnp.minimum(pl.cdiv(tile_ends[of] - block * block_tokens, page_size), block_pages)
 
     def page_copy(of: jax.Array, block: jax.Array, number: int | jax.Array, slot: jax.Array) -> Any:
-        page = page_table[tile_rows[of] * max_pages + block * block_pages + number]
+        page = page_table[tile_rows[of] * max_pages + tile_pages[of] + block * block_pages + number]
         place = buffers.at[slot, :, pl.ds(pl.multiple_of(number * page_size, page_size), page_size), :]
         return pltpu.make_async_copy(pages.at[layer[0], page], place, arrived.at[slot])
 
@@ -237,27 +255,34 @@ def _kernel(*refs: Any, max_pages: int, block_pages: int, tile: int, shared: boo
             wait(block, slot)
             state = (maxima, sums, accumulators)
             offset = block * block_tokens
-            past = offset + block_tokens <= start + 1
+            inside = offset + block_tokens <= start + 1
+            if kind.window is not None:
+                inside &= offset > start + tile - 1 - kind.window
 
-            @pl.when(past)
+            @pl.when(inside)
             def _() -> None:
-                _attend_block(q.at[0], buffers.at[slot], state, shared, None)
+                _attend_block(q.at[0], buffers.at[slot], state, shared, kind, None)
 
-            @pl.when(jnp.logical_not(past))
+            @pl.when(jnp.logical_not(inside))
             def _() -> None:
-                _attend_block(q.at[0], buffers.at[slot], state, shared, (start - offset, end - offset, tile))
+                _attend_block(q.at[0], buffers.at[slot], state, shared, kind, (start - offset, end - offset, tile))
 
         first_slot[0] = lax.rem(slot_of_first + num_blocks, 2)
         out[0] = (accumulators[...] / sums[..., :1]).astype(out.dtype)
 
 
 def _attend_block(
-    q: Any, block: Any, state: tuple[Any, ...], shared: bool, border: tuple[jax.Array, jax.Array, int] | None
+    q: Any,
+    block: Any,
+    state: tuple[Any, ...],
+    shared: bool,
+    kind: LayerKind,
+    border: tuple[jax.Array, jax.Array, int] | None,
 ) -> None:
     """q [K, G * tile, W], block [R, n, 128] -> running maxima, sums [K, G * tile, 128] and accumulators of all heads.
 
     border: where in the block the tile's first token lies, where the row's known tokens end, and tokens in a tile;
-    None: all of the block is in the past of all of the tile.
+    None: all of the tile sees all of the block.
     """
     maxima, sums, accumulators = state
     num_kv_heads, num_queries = q.shape[:2]
@@ -267,12 +292,14 @@ def _attend_block(
         query = start + lax.broadcasted_iota(jnp.int32, (num_queries, num_tokens), 0) % tile
         key = lax.broadcasted_iota(jnp.int32, (num_queries, num_tokens), 1)
         visible = (key <= query) & (key < end)
+        if kind.window is not None:
+            visible &= key > query - kind.window
         real = lax.broadcasted_iota(jnp.int32, (num_tokens, LANES), 0) < end
 
     @pl.loop(0, num_kv_heads)  # not unrolled: products of this size need no neighbour, and compile times do
     def _(head: jax.Array) -> None:
         key_rows, value_rows = head_rows(head, num_kv_heads, block.shape[0], shared)
-        scores = scores_of(q[head], block, key_rows)
+        scores = scores_of(q[head], block, key_rows, kind)
         if border is not None:
             scores = jnp.where(visible, scores, MASKED)
         weights, shrink = online_softmax(scores, maxima, sums, head)

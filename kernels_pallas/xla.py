@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.cache import LANES, KVCache, pack, shares_lanes
+from kernels_pallas.kinds import FULL, LayerKind, Work
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -28,7 +29,7 @@ class DecodePlan:
     item_starts: jax.Array  # [J] position of its first token
     item_pages: jax.Array  # [J, n]
     num_turns: jax.Array  # [] loop turns of S items
-    kv_lens: jax.Array  # [S]
+    kv_lens: jax.Array  # [S] from the first page that is read
     write_pages: jax.Array  # [S] page of the new token; 2**30 (out of range: dropped) for unused rows
     write_offsets: jax.Array  # [S]
 
@@ -47,14 +48,13 @@ class PrefillPlan:
 
 _NOWHERE = 2**30
 
-Work = tuple[DecodePlan | None, PrefillPlan | None]
 
-
-def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: int) -> Work:
-    """What the layers of a step share."""
-    return (
-        None if rows is None else _plan_decode(rows, page_size),
-        None if chunks is None else _plan_prefill(chunks, page_size),
+def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: int, kind: LayerKind = FULL) -> Work:
+    """See kernels_pallas.attention."""
+    return Work(
+        decode=None if rows is None else _plan_decode(rows, page_size, kind),
+        prefill=None if chunks is None else _plan_prefill(chunks, page_size, kind),
+        kind=kind,
     )
 
 
@@ -62,7 +62,7 @@ def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work
 ) -> tuple[jax.Array, KVCache]:
     """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache."""
-    decode_plan, prefill_plan = work
+    decode_plan, prefill_plan = work.decode, work.prefill
     num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
     rows = pack(k, v).astype(cache.pages.dtype)
     pages = cache.pages
@@ -74,27 +74,28 @@ def attend(
         pages = pages.at[layer, prefill_plan.write_pages].set(jnp.swapaxes(new, 1, 2), mode="drop")
     outs = []
     if decode_plan is not None:
-        outs.append(_decode(q[:num_decode], pages, k.shape[1], layer, decode_plan))
+        outs.append(_decode(q[:num_decode], pages, k.shape[1], layer, decode_plan, work.kind))
     if prefill_plan is not None:
-        outs.append(_prefill(q[num_decode:], pages, k.shape[1], layer, prefill_plan))
+        outs.append(_prefill(q[num_decode:], pages, k.shape[1], layer, prefill_plan, work.kind))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)
 
 
-def _plan_decode(rows: "DecodeRows", page_size: int) -> DecodePlan:
+def _plan_decode(rows: "DecodeRows", page_size: int, kind: LayerKind) -> DecodePlan:
     per_block = max(DECODE_BLOCK_TOKENS // page_size, 1)
-    table = _pad_to(rows.page_table, per_block, axis=1)
+    table, kv_lens = kind.last_pages(rows.page_table, rows.kv_lens, page_size)
+    table = _pad_to(table, per_block, axis=1)
     num_rows, num_pages = table.shape
-    last = jnp.maximum(rows.kv_lens - 1, 0)
+    last = jnp.maximum(kv_lens - 1, 0)
     page = jnp.take_along_axis(table, (last // page_size)[:, None], axis=1)[:, 0]
-    counts = -(-rows.kv_lens // (per_block * page_size))
+    counts = -(-kv_lens // (per_block * page_size))
     row, block, used, total = _work_list(counts, num_rows * (num_pages // per_block))
     return DecodePlan(
         item_rows=jnp.where(used, row, num_rows),
         item_starts=block * per_block * page_size,
         item_pages=jnp.where(used[:, None], table.reshape(num_rows, -1, per_block)[row, block], 0),
         num_turns=-(-total // num_rows),
-        kv_lens=rows.kv_lens,
-        write_pages=jnp.where(rows.kv_lens > 0, page, _NOWHERE),
+        kv_lens=kv_lens,
+        write_pages=jnp.where(kv_lens > 0, page, _NOWHERE),
         write_offsets=last % page_size,
     )
 
@@ -109,14 +110,19 @@ def _work_list(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, ja
     return row, jnp.where(used, item - (ends - counts)[row], 0), used, ends[-1]
 
 
-def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
+def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> PrefillPlan:
     num_rows, max_pages = chunks.page_table.shape
+    num_tokens = chunks.positions.shape[0]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
-    counts = -(-chunks.kv_lens // page_size)  # [R] pages each row reads
-    row, index, used, total = _work_list(counts, -(-num_rows * max_pages // per_block) * per_block)
-    pages = jnp.where(used, chunks.page_table[row, index], 0)
+    first_tokens = jnp.minimum(chunks.starts[:-1], num_tokens - 1)
+    seen = kind.first_page(chunks.positions[first_tokens], page_size)  # [R] by a row's first new token
+    counts = jnp.where(chunks.kv_lens > 0, -(-chunks.kv_lens // page_size) - seen, 0)  # [R] pages each row reads
+    most_pages = num_rows * kind.most_pages(max_pages, page_size, num_tokens)
+    row, index, used, total = _work_list(counts, -(-most_pages // per_block) * per_block)
+    index = index + seen[row]
+    pages = jnp.where(used, chunks.page_table[row, jnp.minimum(index, max_pages - 1)], 0)
 
-    token = jnp.arange(chunks.positions.shape[0])
+    token = jnp.arange(num_tokens)
     token_row = jnp.clip(jnp.searchsorted(chunks.starts, token, side="right") - 1, 0, num_rows - 1)
     real = chunks.positions < chunks.kv_lens[token_row]
     first = slice(None, None, page_size)  # chunks start on page borders, so page_size tokens share a page
@@ -132,7 +138,9 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int) -> PrefillPlan:
     )
 
 
-def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan) -> jax.Array:
+def _decode(
+    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan, kind: LayerKind
+) -> jax.Array:
     """q [S, H, D] against the rows' pages -> [S, H, D].
 
     Where K and V share lanes the products run over all of them, q padded with zeros and the upper half of the result
@@ -141,7 +149,9 @@ def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.
     num_rows, num_heads, head_dim = q.shape
     block = plan.item_pages.shape[1] * pages.shape[3]
     shared = shares_lanes(head_dim)
-    grouped = _padded(_scaled(q, num_kv_heads), LANES if shared else -(-head_dim // LANES) * LANES)  # [S, K, G, W]
+    grouped = _padded(
+        _scaled(q, num_kv_heads, kind), LANES if shared else -(-head_dim // LANES) * LANES
+    )  # [S, K, G, W]
 
     def body(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def take(x: jax.Array) -> jax.Array:
@@ -149,13 +159,14 @@ def _decode(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.
 
         rows = take(plan.item_rows)
         lens = jnp.where(rows < num_rows, plan.kv_lens[rows], 0)
-        visible = take(plan.item_starts)[:, None] + jnp.arange(block) < lens[:, None]  # [S, n]
+        behind = lens[:, None] - (take(plan.item_starts)[:, None] + jnp.arange(block))  # [S, n] 1: the new token
+        visible = behind > 0 if kind.window is None else (behind > 0) & (behind <= kind.window)
         keys, values = (
             jnp.where(visible[:, None, :, None], kv, 0)  # free inside the gather; an unwritten page may hold NaN
             for kv in _gather(pages, layer, take(plan.item_pages), num_kv_heads, shared)
         )
         scores = jnp.einsum("skgd,sknd->skgn", grouped[rows], keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        scores = jnp.where(visible[:, None, None], kind.capped(scores), _MASKED)
         items = _accumulate(_start(grouped.shape), scores, values, "skgn,sknd->skgd")
         return _merge(carry, items, rows)
 
@@ -176,7 +187,9 @@ def _merge(carry: tuple[jax.Array, ...], items: tuple[jax.Array, ...], rows: jax
     return new_maximum, total, out
 
 
-def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan) -> jax.Array:
+def _prefill(
+    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan, kind: LayerKind
+) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].
 
     All tokens meet all pages of the list, and a mask keeps rows apart: the list is short where rows are many.
@@ -184,7 +197,7 @@ def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax
     num_tokens, num_heads, head_dim = q.shape
     page_size = pages.shape[3]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
-    grouped = jnp.moveaxis(_scaled(q, num_kv_heads), 0, 2)  # [K, G, T, D]
+    grouped = jnp.moveaxis(_scaled(q, num_kv_heads, kind), 0, 2)  # [K, G, T, D]
 
     def body(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def take(x: jax.Array) -> jax.Array:
@@ -192,7 +205,10 @@ def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax
 
         row = jnp.repeat(take(plan.page_rows), page_size)
         position = (take(plan.page_positions)[:, None] + jnp.arange(page_size)).reshape(-1)
-        visible = (row == plan.token_rows[:, None]) & (position <= plan.positions[:, None])  # [T, n]
+        behind = plan.positions[:, None] - position
+        visible = (row == plan.token_rows[:, None]) & (behind >= 0)  # [T, n]
+        if kind.window is not None:
+            visible &= behind < kind.window
         keys, values = (
             kv[0] for kv in _gather(pages, layer, take(plan.pages)[None], num_kv_heads, shares_lanes(head_dim))
         )
@@ -202,7 +218,7 @@ def _prefill(q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax
             keys, values = keys[..., :head_dim], values[..., :head_dim]
         values = jnp.where(jnp.any(visible, axis=0)[:, None], values, 0)
         scores = jnp.einsum("kgtd,knd->kgtn", grouped, keys, preferred_element_type=jnp.float32)
-        return _accumulate(carry, jnp.where(visible, scores, _MASKED), values, "kgtn,knd->kgtd")
+        return _accumulate(carry, jnp.where(visible, kind.capped(scores), _MASKED), values, "kgtn,knd->kgtd")
 
     out = _normalise(lax.fori_loop(0, plan.num_blocks, body, _start((*grouped.shape[:3], head_dim))))
     return jnp.moveaxis(out, 2, 0).reshape(num_tokens, num_heads, head_dim).astype(q.dtype)
@@ -229,9 +245,9 @@ def _gather(
     return keys, keys if shared else take(per_head)
 
 
-def _scaled(q: jax.Array, num_kv_heads: int) -> jax.Array:
-    """q [N, H, D] -> [N, K, G, D] times 1 / sqrt(D)."""
-    return (q * q.shape[-1] ** -0.5).reshape(q.shape[0], num_kv_heads, -1, q.shape[-1])
+def _scaled(q: jax.Array, num_kv_heads: int, kind: LayerKind) -> jax.Array:
+    """q [N, H, D] -> [N, K, G, D] times the scale."""
+    return (q * kind.scale_of(q.shape[-1])).reshape(q.shape[0], num_kv_heads, -1, q.shape[-1])
 
 
 def _start(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

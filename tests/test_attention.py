@@ -1,8 +1,8 @@
 """Every attention backend against the definition: one contract, one test; a new backend is one more entry in BACKENDS.
 
-Pages that hold no token of a row, and tails of pages, are NaN before a step, and so are K and V of padding tokens:
-whatever reads one of them answers NaN. After a step every page that no new token belongs to must be as it was, bit for
-bit.
+Pages that hold no token of a row, tails of pages and pages before a row's window are NaN before a step, and so are K
+and V of padding tokens: whatever reads one of them answers NaN. After a step every page that no new token belongs to
+must be as it was, bit for bit.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import reference, tpu
 from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
 from kernels_pallas.cache import KVCache, empty, pack, rows_per_page, unpack
+from kernels_pallas.kinds import LayerKind
 
 
 def interpreted_tpu(interpret: bool | pltpu.InterpretParams) -> Attention:
@@ -46,10 +47,11 @@ class Shape:
     num_kv_heads: int
     mode: str  # decode, prefill or mixed
     dtype: str = "float32"
+    kind: str = "full"  # "window", "softcap" and "both" have numbers that each test draws
 
     def __str__(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"
-        return f"d{self.head_dim}-page{self.page_size}-{heads}-{self.mode}-{self.dtype}"
+        return f"d{self.head_dim}-page{self.page_size}-{heads}-{self.mode}-{self.dtype}-{self.kind}"
 
     @property
     def num_decode(self) -> int:
@@ -82,9 +84,10 @@ class Case:
 
 GROUPS = {16: (4, 2), 64: (9, 3), 80: (2, 2), 128: (8, 1), 256: (4, 2)}
 MODES = ("decode", "prefill", "mixed")
+KINDS = ("full", "window", "both", "softcap")
 FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all; make test takes a Latin square of them
 SHAPES = [
-    Shape(head_dim, page_size, *GROUPS[head_dim], mode)
+    Shape(head_dim, page_size, *GROUPS[head_dim], mode, kind=KINDS[(row + 2 * column + index) % 4])
     for row, head_dim in enumerate(GROUPS)
     for column, page_size in enumerate((8, 16, 64))
     for index, mode in enumerate(MODES)
@@ -93,13 +96,14 @@ SHAPES = [
 SHAPES += [Shape(64, 16, 9, 3, "mixed", "bfloat16"), Shape(128, 64, 4, 4, "mixed", "bfloat16")]
 # Interpreted kernels take seconds to compile: a few shapes, each another way through them.
 TPU_SHAPES = [
-    Shape(64, 16, 6, 2, "mixed"),  # K and V share lanes; blocks of 4 pages
-    Shape(128, 64, 8, 1, "mixed", "bfloat16"),  # blocks of one page
-    Shape(256, 16, 2, 1, "decode"),  # two rows for K and for V
+    Shape(64, 16, 9, 3, "mixed"),  # K and V share lanes; blocks of 4 pages
+    Shape(128, 64, 8, 1, "mixed", "bfloat16", "window"),  # blocks of one page
+    Shape(256, 16, 2, 1, "mixed", kind="both"),  # two rows for K and for V
 ]
 CASES = [("xla", shape) for shape in SHAPES]
 CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES)]
-CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed")), ("tpu-races", Shape(128, 32, 2, 2, "decode", "bfloat16"))]
+CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed", kind="window"))]
+CASES += [("tpu-races", Shape(128, 32, 2, 2, "decode", "bfloat16"))]
 
 
 def decode_lengths(rng: np.random.Generator, shape: Shape) -> list[int]:
@@ -122,7 +126,7 @@ def chunk_lengths(rng: np.random.Generator, shape: Shape) -> list[tuple[int, int
 
 
 def make_case(rng: np.random.Generator, shape: Shape) -> Case:
-    """Rows own pages of their own in random order; the first pages of two chunks are the same (a shared prefix)."""
+    """Rows own pages of their own in random order, but that chunks behind a cached prefix share its first page."""
     size, num_decode, num_prefill = shape.page_size, shape.num_decode, shape.num_prefill
     rows = num_decode + shape.num_chunks
     num_pages = 2 + rows * shape.max_pages
@@ -132,6 +136,7 @@ def make_case(rng: np.random.Generator, shape: Shape) -> Case:
     positions = np.zeros(num_decode + num_prefill, np.int32)
     row_of = np.full(num_decode + num_prefill, -1)
     starts = np.full(shape.num_chunks + 1, num_prefill, np.int32)
+    behind = np.zeros(rows, bool)
 
     def give(row: int, length: int) -> None:
         kv_lens[row] = length
@@ -149,12 +154,34 @@ def make_case(rng: np.random.Generator, shape: Shape) -> Case:
         starts[chunk] = at
         positions[token:] = cached + np.arange(len(positions) - token)  # runs on through the padding
         row_of[token : token + new] = row
+        if cached and (others := np.flatnonzero(behind[num_decode:row])).size:
+            table[row, 0] = table[num_decode + others[0], 0]
+        behind[row] = cached > 0
         at += -(-new // size) * size
     return Case(table, kv_lens, positions, row_of, starts, num_pages)
 
 
+def draw_kind(rng: np.random.Generator, shape: Shape) -> LayerKind:
+    """Windows of one token, about a page, some pages, and more than there is."""
+    size = shape.page_size
+    windows = [1, 2, size - 1, size, size + 1, int(rng.integers(2, shape.max_pages * size)), 2**20]
+    return LayerKind(
+        window=int(rng.choice(windows)) if shape.kind in ("window", "both") else None,
+        softcap=float(rng.uniform(1, 10)) if shape.kind in ("softcap", "both") else None,
+        scale=float(rng.uniform(0.1, 0.5)) if shape.kind == "both" else None,
+    )
+
+
+def forget_what_no_token_sees(shape: Shape, case: Case, kind: LayerKind) -> None:
+    """Entries of the page table before a row's window name page 0, which nobody owns."""
+    for row in range(len(case.kv_lens)):
+        if (tokens := np.flatnonzero(case.row_of == row)).size and kind.window is not None:
+            first = max(case.positions[tokens[0]] - kind.window + 1, 0) // shape.page_size
+            case.page_table[row, :first] = 0
+
+
 def make_cache(rng: np.random.Generator, shape: Shape, case: Case) -> np.ndarray:
-    """[L, P, R, page_size, 128] NaN, but for the tokens that each row has computed before this step."""
+    """[L, P, R, page_size, 128] NaN, but for the tokens that each row has computed before this step, and page 0."""
     cache = empty(NUM_LAYERS, case.num_pages, shape.num_kv_heads, shape.head_dim, shape.page_size, jnp.float32)
     pages = np.full(cache.pages.shape, np.nan, np.float32)
     new = np.bincount(case.row_of[case.row_of >= 0], minlength=len(case.kv_lens))
@@ -163,6 +190,7 @@ def make_cache(rng: np.random.Generator, shape: Shape, case: Case) -> np.ndarray
         where = (case.page_table[row, position // shape.page_size], slice(None), position % shape.page_size)
         full = (2, shape.max_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
         pages[LAYER][where] = np.asarray(pack(*map(jnp.asarray, rng.standard_normal(full, np.float32))))[:length]
+    pages[:, 0] = np.nan
     return pages
 
 
@@ -176,23 +204,25 @@ def arguments(shape: Shape, case: Case) -> tuple[DecodeRows | None, PrefillChunk
 
 
 @functools.cache
-def compiled(backend: str, page_size: int) -> Callable:
+def compiled(backend: str, page_size: int, kind: LayerKind) -> Callable:
     attention = BACKENDS[backend]
 
     @jax.jit
     def run(q, k, v, cache, layer, rows, chunks):
-        return attention.attend(q, k, v, cache, layer, attention.plan(rows, chunks, page_size))
+        return attention.attend(q, k, v, cache, layer, attention.plan(rows, chunks, page_size, kind))
 
     return run
 
 
-@functools.partial(jax.jit, static_argnames="num_kv_heads")
-def oracle(q, k, v, cache, layer, pages, offsets, checked, table, positions, num_kv_heads):
+@functools.partial(jax.jit, static_argnames=("num_kv_heads", "kind"))
+def oracle(q, k, v, cache, layer, pages, offsets, checked, table, positions, num_kv_heads, kind):
     written = reference.write(cache, layer, k, v, pages, offsets)
-    return reference.attend(q[checked], written, layer, table, positions, num_kv_heads), written
+    return reference.attend(q[checked], written, layer, table, positions, num_kv_heads, kind), written
 
 
-def expect(shape: Shape, case: Case, checked: np.ndarray, q, k, v, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+def expect(
+    shape: Shape, case: Case, kind: LayerKind, checked: np.ndarray, q, k, v, cache: KVCache
+) -> tuple[np.ndarray, np.ndarray]:
     """What the definition says: out [checked, H, D] and the pages afterwards; padding writes to a page past the end."""
     real = case.row_of >= 0
     table = case.page_table[np.where(real, case.row_of, 0)]
@@ -205,6 +235,7 @@ def expect(shape: Shape, case: Case, checked: np.ndarray, q, k, v, cache: KVCach
         table[checked],
         np.where(real, case.positions, -1)[checked],
         num_kv_heads=shape.num_kv_heads,
+        kind=kind,
     )
     return np.asarray(out, np.float32), np.asarray(written.pages, np.float32)
 
@@ -236,18 +267,21 @@ def rng() -> np.random.Generator:
 @pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
 def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng, capfd):
     dtype, tolerance = jnp.dtype(shape.dtype), TOLERANCE[shape.dtype]
+    kind = draw_kind(rng, shape)
+    print(kind)
     for _ in range(2):
         case = make_case(rng, shape)
+        forget_what_no_token_sees(shape, case, kind)
         tokens, real = len(case.positions), case.row_of >= 0
         q = rng.standard_normal((tokens, shape.num_heads, shape.head_dim), np.float32) * 2
         k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, shape.head_dim), np.float32)
         k[~real] = v[~real] = np.nan
         q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
         cache = KVCache(jnp.asarray(make_cache(rng, shape, case), dtype))
-        run = compiled(backend, shape.page_size)
+        run = compiled(backend, shape.page_size, kind)
         out, after = run(q, k, v, cache, jnp.int32(LAYER), *arguments(shape, case))
         checked = choose_checked(rng, case)
-        want, want_pages = expect(shape, case, checked, q, k, v, cache)
+        want, want_pages = expect(shape, case, kind, checked, q, k, v, cache)
         out, pages = np.asarray(out, np.float32), np.asarray(after.pages, np.float32)
         assert after.pages.dtype == dtype and out.shape == q.shape
         assert np.isfinite(out).all(), (
@@ -262,22 +296,30 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
     assert "RACE DETECTED" not in capfd.readouterr().out  # what Pallas's interpreter prints
 
 
-@pytest.mark.parametrize("head_dim", GROUPS)
-def test_the_reference_is_softmax_attention_in_float64(head_dim, rng):
-    shape = Shape(head_dim, 8, *GROUPS[head_dim], "mixed")
+@pytest.mark.parametrize(
+    ("head_dim", "wanted"), zip(GROUPS, ("full", "both", "window", "softcap", "both"), strict=True)
+)
+def test_the_reference_is_softmax_attention_in_float64(head_dim, wanted, rng):
+    shape = Shape(head_dim, 8, *GROUPS[head_dim], "mixed", kind=wanted)
+    kind = draw_kind(rng, shape)
+    print(kind)
     case = make_case(rng, shape)
     tokens, checked = len(case.positions), choose_checked(rng, case)
     q = rng.standard_normal((tokens, shape.num_heads, head_dim), np.float32)
     k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, head_dim), np.float32)
     cache = KVCache(jnp.asarray(make_cache(rng, shape, case)))
-    out, pages = expect(shape, case, checked, *map(jnp.asarray, (q, k, v)), cache)
+    out, pages = expect(shape, case, kind, checked, *map(jnp.asarray, (q, k, v)), cache)
     keys, values = (np.asarray(x, np.float64) for x in unpack(jnp.asarray(pages[LAYER]), shape.num_kv_heads, head_dim))
     group = shape.num_heads // shape.num_kv_heads
     for index, token in enumerate(checked):
-        seen = np.arange(case.positions[token] + 1)
+        position = case.positions[token]
+        seen = np.arange(0 if kind.window is None else max(position - kind.window + 1, 0), position + 1)
         place = (case.page_table[case.row_of[token], seen // 8], slice(None), seen % 8)
         for head in range(shape.num_heads):
-            scores = keys[place][:, head // group] @ q[token, head].astype(np.float64) / head_dim**0.5
+            scores = keys[place][:, head // group] @ q[token, head].astype(np.float64)
+            scores *= head_dim**-0.5 if kind.scale is None else kind.scale
+            if kind.softcap is not None:
+                scores = kind.softcap * np.tanh(scores / kind.softcap)
             weights = np.exp(scores - scores.max())
             want = weights @ values[place][:, head // group] / weights.sum()
             np.testing.assert_allclose(out[index, head], want, rtol=0, atol=1e-5)

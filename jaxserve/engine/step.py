@@ -20,7 +20,7 @@ from jaxserve.model.sharding import Params, Structure, merge
 from jaxserve.scheduling import plan as plans
 from jaxserve.scheduling.plan import Bucket, PlanArrays
 from jaxserve.types import MAX_TOP_LOGPROBS
-from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks
+from kernels_pallas.attention import FULL, Attention, DecodeRows, PrefillChunks
 from kernels_pallas.cache import KVCache
 
 
@@ -187,7 +187,7 @@ def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> Any
             arrays.chunk_starts,
             arrays.positions[num_decode:],
         )
-    return shape.attention.plan(rows, chunks, shape.page_size)
+    return shape.attention.plan(rows, chunks, shape.page_size, FULL)
 
 
 def _picked(arrays: PlanArrays, bucket: Bucket) -> jax.Array:
