@@ -297,7 +297,7 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "wanted"), zip(GROUPS, ("full", "both", "window", "softcap", "both"), strict=True)
+    ("head_dim", "wanted"), [(16, "full"), (64, "both"), (80, "window"), (128, "softcap"), (256, "both")]
 )
 def test_the_reference_is_softmax_attention_in_float64(head_dim, wanted, rng):
     shape = Shape(head_dim, 8, *GROUPS[head_dim], "mixed", kind=wanted)
