@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -276,6 +277,15 @@ class _Parser(argparse.ArgumentParser):
         raise FlagError(message)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Several names of one flag are shown over several lines where they need them."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = super()._format_action_invocation(action)
+        indent = " " * (self._current_indent + 2)
+        return ("\n" + indent).join(textwrap.wrap(shown, self._width - len(indent), break_on_hyphens=False))
+
+
 def _dashed(argument: str) -> str:
     """--a_b=c_d -> --a-b=c_d."""
     if not argument.startswith("--"):
@@ -300,11 +310,14 @@ def _help(flag: Flag) -> str:
     return (flag.help + shown).replace("%", "%%")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(epilog: str = "") -> argparse.ArgumentParser:
     """The parser of `jaxserve`. Every value it holds was asked for: nothing has a default here."""
     parser = _Parser(
         prog="jaxserve",
-        description="Serves a Llama-type model to OpenAI clients. No flag is needed; --a_b is read as --a-b.",
+        usage="jaxserve [COMMAND] [flags]",
+        formatter_class=_Formatter,
+        description="Serves a model to OpenAI clients. No flag is needed; --a_b is read as --a-b.",
+        epilog=epilog,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -344,9 +357,10 @@ def _add_hidden(parser: argparse.ArgumentParser, name: str, takes_value: bool) -
         parser.add_argument(name, dest=name, action="store_true", help=argparse.SUPPRESS)
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """argv (without the program's name) -> Options. Raises FlagError; --help and --version print and exit."""
-    parser = build_parser()
+def parse(argv: Sequence[str], epilog: str = "") -> Options:
+    """argv (without the program's name) -> Options. Raises FlagError; --help (epilog: what it ends with) and --version
+    print and exit."""
+    parser = build_parser(epilog)
     given = _parse_known(parser, [_dashed(argument) for argument in argv])
     path = given.pop("config", None)
     targets = _targets(given)
@@ -474,10 +488,10 @@ def _check_others(given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name} has no effect: {why}" for name, (_, why) in NO_EFFECT.items() if name in given)
 
 
-def parse_or_exit(argv: Sequence[str]) -> Options:
+def parse_or_exit(argv: Sequence[str], epilog: str = "") -> Options:
     """parse() for a program: a FlagError is printed and the process exits with 2."""
     try:
-        return parse(argv)
+        return parse(argv, epilog)
     except FlagError as error:
         print(f"jaxserve: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,7 +4,6 @@ A folder beside the output, NAME.journal, is a store of its own; it holds what i
 the same command goes on after Ctrl-C, a crash or a reboot.
 """
 
-import argparse
 import asyncio
 import hashlib
 import logging
@@ -15,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -27,10 +26,9 @@ from jaxserve.api.batch_worker import ANSWERS, BatchWorker
 from jaxserve.api.http import MEBIBYTE
 from jaxserve.api.metrics import Metrics
 from jaxserve.api.serving import Serving
+from jaxserve.batch_flags import Job
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
-from jaxserve.flags import FlagError, Options
-from jaxserve.flags import parse as parse_flags
 from jaxserve.launch import EngineEntry, configure_logging, run, with_environment
 from jaxserve.service import recovered_store
 from jaxserve.store import Batch, BatchError, Store, StoreError
@@ -48,47 +46,8 @@ class JobError(Exception):
     """What the user can mend; the message says how."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A parsed command line. Paths; "-" is standard input or output."""
-
-    input: str
-    output: str
-    error_file: str | None
-    endpoint: str | None
-    options: Options
-
-    @property
-    def journal(self) -> Path | None:
-        """None where the output has no place beside it."""
-        return None if self.output == "-" else Path(self.output + ".journal")
-
-
-def parse(argv: Sequence[str]) -> Job:
-    """Raises FlagError; --help prints and exits."""
-    parser = argparse.ArgumentParser(
-        prog="jaxserve batch",
-        description="Answers a file of requests in OpenAI's batch format, without a server. The same command goes on "
-        "where it was interrupted.",
-        epilog="All other flags are those of the server: see jaxserve --help. Exit codes: 0 done (requests that failed "
-        "have their error in the output), 2 what you can mend, 130 interrupted, 1 anything else.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-i", "--input-file", "--input", required=True, metavar="FILE", help="requests; - for stdin")
-    parser.add_argument("-o", "--output-file", "--output", required=True, metavar="FILE", help="- for stdout")
-    parser.add_argument("--error-file", metavar="FILE", help="requests that failed go there (default: the output)")
-    parser.add_argument("--endpoint", choices=tuple(ANSWERS), help="default: what the first line names")
-    given, rest = parser.parse_known_args(list(argv))
-    return Job(given.input_file, given.output_file, given.error_file, given.endpoint, parse_flags(rest))
-
-
-def main(argv: Sequence[str], engine: EngineEntry | None = None) -> int:
+def answer(job: Job, engine: EngineEntry | None = None) -> int:
     """The process's exit code. engine: what the child runs (tests bring their own)."""
-    try:
-        job = parse(argv)
-    except FlagError as error:
-        print(f"jaxserve batch: error: {error}", file=sys.stderr)
-        return 2
     config = with_environment(job.options, os.environ)
     if config.log_level == ServerConfig.log_level:
         config = replace(config, log_level="warning")

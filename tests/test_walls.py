@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jaxserve", "kernels_pallas", "checkpoints")
 MAX_FILE_LINES = 500
@@ -73,9 +75,11 @@ ROOMS = {
         "uvicorn",
     ),
     "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
+    "jaxserve.batch_flags": room(3, "jaxserve.flags"),
     "jaxserve.offline": room(
         7,
-        "jaxserve.launch jaxserve.service jaxserve.api jaxserve.client jaxserve.store jaxserve.config jaxserve.flags",
+        "jaxserve.launch jaxserve.service jaxserve.api jaxserve.client jaxserve.store jaxserve.config "
+        "jaxserve.batch_flags",
         "orjson tqdm",
     ),
     "jaxserve.llm": room(
@@ -84,7 +88,7 @@ ROOMS = {
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch jaxserve.offline"),
+    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch jaxserve.batch_flags jaxserve.offline"),
 }
 
 SCHEDULING_NEVER = {
@@ -258,17 +262,22 @@ def loaded_by(code: str) -> set[str]:
 
 
 HELP = """
-from jaxserve.flags import parse
+from jaxserve.__main__ import main
 try:
-    parse(["--help"])
-except SystemExit:
-    pass
+    main([*{}, "--help"])
+except SystemExit as end:
+    assert end.code == 0
 """
 
 
-@pytest.mark.parametrize("code", ["import jaxserve", HELP, "import jaxserve.utils"], ids=["package", "help", "utils"])
+@pytest.mark.parametrize("code", ["import jaxserve", "import jaxserve.utils"], ids=["package", "utils"])
 def test_nothing_is_loaded_for(code):
     assert loaded_by(code) <= {"jaxserve"}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_nothing_is_loaded_for_the_help_of(command):
+    assert loaded_by(HELP.format(command.split())) <= {"jaxserve"}
 
 
 def test_the_front_end_process_never_loads_jax():
