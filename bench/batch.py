@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.serve import Load, get_json, make_prompts, run, summarise
+from jaxserve.terminal.figures import summarise
+from jaxserve.terminal.load import Load, get_json, make_prompts, run
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 POLL_SECONDS = 0.5

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.serve import make_prompts
+from jaxserve.terminal.load import make_prompts
 from jaxserve.utils import launch_server_cmd, terminate_process, wait_for_server
 
 RESULTS = Path(__file__).with_name("results")

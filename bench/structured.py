@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.serve import Load, Reply, get_json, make_prompts, run
+from jaxserve.terminal.load import Load, Reply, get_json, make_prompts, run
 
 SCHEMA: dict[str, Any] = {
     "type": "array",

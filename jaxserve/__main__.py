@@ -32,6 +32,18 @@ def _batch(argv: list[str]) -> int:
     return answer(job)
 
 
+def _chat(argv: list[str]) -> int:
+    from jaxserve.terminal import chat
+
+    return chat.main(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from jaxserve.terminal import bench
+
+    return bench.main(argv)
+
+
 @dataclass(frozen=True)
 class Command:
     """run: the arguments after the command's name -> the process's exit code."""
@@ -42,6 +54,8 @@ class Command:
 
 COMMANDS = {
     "serve": Command(_serve_model, "serve a model, as jaxserve without a command does"),
+    "chat": Command(_chat, "talk to a model at the terminal, or on a pipe"),
+    "bench": Command(_bench, "send load to a server and measure what its clients see"),
     "batch": Command(_batch, "answer a file of requests without a server"),
 }
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ PREFILL, DECODE = 0.08, 0.01  # seconds to the first token, and to each later on
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Every event is split over two HTTP chunks; a prompt that holds "refuse" gets 400."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+    length = re.search(rb"content-length: (\d+)", head)
+    body = await reader.readexactly(int(length[1]) if length else 0)
     if head.startswith(b"get /v1/models "):
         reply = b'{"data": [{"id": "fake"}]}'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(reply), reply))

@@ -88,7 +88,10 @@ ROOMS = {
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.__main__": room(8, "jaxserve.flags", later="jaxserve.launch jaxserve.batch_flags jaxserve.offline"),
+    "jaxserve.terminal": room(3, "jaxserve.config jaxserve.flags jaxserve.flag_values jaxserve.utils", "tqdm"),
+    "jaxserve.__main__": room(
+        8, "jaxserve.flags", later="jaxserve.launch jaxserve.batch_flags jaxserve.offline jaxserve.terminal"
+    ),
 }
 
 SCHEDULING_NEVER = {
@@ -101,6 +104,7 @@ FRONT_END = (
     "jaxserve.client",
     "jaxserve.launch",
     "jaxserve.offline",
+    "jaxserve.terminal",
     "jaxserve.__main__",
 )
 # Modules of checkpoints.
