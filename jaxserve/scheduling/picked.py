@@ -1,6 +1,7 @@
 """The choice of one turn while it grows."""
 
-from jaxserve.scheduling.buckets import SchedulerConfig
+from jaxserve.scheduling.buckets import SchedulerConfig, choose_bucket
+from jaxserve.scheduling.plan import Admission
 from jaxserve.scheduling.rows import Chunk
 from jaxserve.scheduling.sequence import Sequence
 
@@ -11,6 +12,7 @@ class Picked:
     """What one turn chose so far, and what room is left in it."""
 
     def __init__(self, config: SchedulerConfig, frontier: Frontier, capped: bool) -> None:
+        self._config = config
         self.decode: list[Sequence] = []
         self.chunks: list[Chunk] = []
         self.admitted: list[Sequence] = []
@@ -48,8 +50,30 @@ class Picked:
             self.batch_rows_left -= 1
             self.batch_tokens_left -= aligned
 
+    def keep_bucket(self) -> None:
+        """From here on only what would be padding beside the chunks chosen so far: these do not wait for more."""
+        used = self._config.chunk_size - self.tokens_left
+        bucket = choose_bucket(self._config, len(self.decode), used, len(self.chunks))
+        self.tokens_left = bucket.num_prefill - used
+        self.chunks_left = bucket.num_chunks - len(self.chunks)
+
     def drop_preempted(self) -> None:
         """Take back the rows of sequences that lost their slot after they were chosen."""
         if self.preempted:
             self.decode = [sequence for sequence in self.decode if sequence.slot >= 0]
             self.chunks = [chunk for chunk in self.chunks if chunk[0].slot >= 0]
+
+    def admissions(self) -> tuple[Admission, ...]:
+        """What the device is told of those that were admitted and have state of their own in their slot."""
+        return tuple(_admission(sequence) for sequence in self.admitted if sequence.request.params.needs_slot_state)
+
+
+def _admission(sequence: Sequence) -> Admission:
+    params = sequence.request.params
+    return Admission(
+        slot=sequence.slot,
+        token_ids=tuple(sequence.tokens),
+        num_prompt=sequence.num_prompt,
+        logit_bias=params.logit_bias,
+        stop_token_ids=params.stop_token_ids,
+    )

@@ -24,11 +24,12 @@ from jaxserve.scheduling.buckets import SchedulerConfig, buckets
 from jaxserve.scheduling.events import EventColumns, token_logprobs
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.picked import Frontier, Picked
-from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, Admission, StepPlan, StepResult
+from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, StepPlan, StepResult
 from jaxserve.scheduling.radix import RadixTree
 from jaxserve.scheduling.readings import plan_readings
 from jaxserve.scheduling.rows import RowTable
 from jaxserve.scheduling.sequence import Sequence
+from jaxserve.scheduling.turns import Turns
 from jaxserve.scheduling.waiting import WaitingQueue, longest_match_order
 from jaxserve.types import EngineStats, FinishReason, Request, StepEvents
 
@@ -59,7 +60,7 @@ class Scheduler:
         self._interactive_at = float("-inf")  # when there was some last
         self._num_batch_running = 0  # with a slot, priority > 0
         self._num_arrived = 0
-        self._prefilled_last = False
+        self._turns = Turns()
         self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
         self._preemptions = self._steps = self._padding_tokens = self._step_tokens = 0
 
@@ -128,14 +129,19 @@ class Scheduler:
             self._pick_chunks(picked, now)
         else:
             turns = (self._pick_decode_only, self._pick_chunks)
-            for pick in turns if self._prefilled_last else reversed(turns):
+            for pick in reversed(turns) if self._prefill_first() else turns:
                 pick(picked, now)
                 if picked.decode or picked.chunks:
                     break
         if not picked.decode and not picked.chunks:
             return None
-        self._prefilled_last = bool(picked.chunks)
+        self._turns.took(picked)
         return self._plan(picked)
+
+    def _prefill_first(self) -> bool:
+        prompts = [*self._waiting.priorities()[:1], *(sequence.order[0] for sequence in self._prefilling[:1])]
+        rows = [sequence.order[0] for sequence in self._decoding[:1]]
+        return self._turns.prefill_first(prompt_waits=min(prompts, default=1) <= 0, row_waits=min(rows, default=1) <= 0)
 
     def _pick_decode_only(self, picked: Picked, now: float) -> None:
         self._pick_decode(picked)
@@ -160,6 +166,8 @@ class Scheduler:
         """Chunks of admitted prompts and of new ones, by priority, until tokens, rows, slots or pages run out."""
         priorities = {sequence.order[0] for sequence in self._prefilling} | set(self._waiting.priorities())
         for priority in sorted(priorities):
+            if priority > 0 and picked.chunks:
+                picked.keep_bucket()
             for sequence in [s for s in self._prefilling if s.order[0] == priority]:
                 if not picked.has_room(priority):
                     break
@@ -354,7 +362,7 @@ class Scheduler:
         self._padding_tokens += plan.bucket.num_tokens - plan.num_tokens
         return replace(
             plan,
-            admissions=tuple(_admission(s) for s in picked.admitted if s.request.params.needs_slot_state),
+            admissions=picked.admissions(),
             readings=plan_readings(plan),
             num_new_sequences=len(picked.admitted),
             num_cached_tokens=num_cached,
@@ -486,14 +494,3 @@ class Scheduler:
         self._pool.check_invariants([page for s in running for page in s.pages])
         if self._tree is not None:
             self._tree.check_invariants()
-
-
-def _admission(sequence: Sequence) -> Admission:
-    params = sequence.request.params
-    return Admission(
-        slot=sequence.slot,
-        token_ids=tuple(sequence.tokens),
-        num_prompt=sequence.num_prompt,
-        logit_bias=params.logit_bias,
-        stop_token_ids=params.stop_token_ids,
-    )
