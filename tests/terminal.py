@@ -1,18 +1,22 @@
 """Programs run as at a terminal, and a small server for them to talk to."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Script = Callable[[dict[str, Any]], Iterator[dict[str, Any] | str]]
@@ -26,6 +30,7 @@ class Terminal:
         self._seen = 0
         ours, theirs = pty.openpty()
         self._end = ours
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         environment = (
             os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "", "INPUTRC": os.devnull} | (env or {})
         )
@@ -81,9 +86,6 @@ class Terminal:
 
 
 def _own_terminal() -> None:
-    import fcntl
-    import termios
-
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -140,10 +142,12 @@ def chat_server(script: Script, models: tuple[str, ...] = ("fake",)) -> Iterator
         thread.join()
 
 
-def piped(*argv: str, given: str = "", env: dict[str, str] | None = None) -> tuple[int, str, str]:
+def piped(
+    *argv: str, given: str = "", env: dict[str, str] | None = None, cwd: Path | None = None
+) -> tuple[int, str, str]:
     """-> exit code, standard output, standard error of `python -m jaxserve ...` on pipes."""
     done = subprocess.run(
         [sys.executable, "-m", "jaxserve", *argv],
-        input=given, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}),
+        input=given, capture_output=True, text=True, timeout=280, env=os.environ | (env or {}), cwd=cwd,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve.terminal.conversation import COMMANDS, Ask, CommandRefused, Conversation, follow
 from tests.terminal import Terminal, chat_server, piped
+from tests.tiny_llama import write_tiny_llama
 
 
 def parrot(body: dict[str, Any]) -> Iterator[dict[str, Any] | str]:
@@ -169,3 +170,34 @@ def test_help_fits_80_columns_and_names_every_command():
     shown = follow(Conversation("m"), "/help")
     assert max(map(len, shown.splitlines())) <= 80
     assert all(f"/{name}" in shown for name in COMMANDS)
+
+
+def test_the_real_server_answers_on_a_pipe(live):
+    said = ("-p", "Say hello.", "--temperature", "0", "--max-tokens", "8")
+    code, out, err = piped("chat", "--url", live.url, "--model", live.model, *said)
+    assert (code, err) == (0, ""), err
+    assert out.count("\n") == 1 + out.rstrip("\n").count("\n") and out.strip()
+    assert piped("chat", "--url", live.url, *said)[1] == out
+
+
+def test_without_a_server_the_chat_starts_one_that_ends_with_it(cache_dir, tmp_path):
+    model = write_tiny_llama(tmp_path / "model")
+    flags = ("--max-total-tokens", "1024", "--max-running-requests", "2", "--chunked-prefill-size", "16")
+    asked = ("-p", "a", "--max-tokens", "3", "--param", "ignore_eos=true")
+    code, out, err = piped("chat", "--model", model, "--cache-dir", cache_dir, *flags, *asked)
+    assert code == 0 and out.strip(), err
+    assert "warmed up" in err and "\x1b" not in err
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if model in _read(path)]
+    assert not left, "the server is still there"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_server_that_cannot_start_says_why_and_so_does_the_exit_code(tmp_path):
+    code, out, err = piped("chat", "--model", str(tmp_path / "nothing"), "-p", "x", "--cache-dir", str(tmp_path))
+    assert (code, out) == (2, "") and "the server could not start" in err and "nothing" in err.splitlines()[0], err
