@@ -4,7 +4,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke clients aot fuzz check docs lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke clients aot fuzz check docs docs-check notebooks lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -31,7 +31,9 @@ help:
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
 	@echo 'make fuzz       ten minutes of random requests by schemathesis (SECONDS=60 for less)'
 	@echo 'make check      format, lint, types, walls'
-	@echo 'make docs       write docs/flags.md and the tables of refused fields in docs/api.md'
+	@echo 'make docs       write the pages of flags and the tables of refused fields in docs/api.md'
+	@echo 'make docs-check run every command of README and quickstart in a fresh clone (ARGS="--warm": with the cache there is)'
+	@echo 'make notebooks  run notebooks/*.py and write the .ipynb with what they show'
 	@echo 'make lock       resolve pyproject.toml into requirements/*.txt (LOCK="--upgrade" for newer versions)'
 	@echo 'make wheel      build dist/*.whl'
 	@echo 'make clean      remove what was built; make distclean: the environments too'
@@ -85,7 +87,12 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(PY) -m tools.flags_doc > docs/flags.md.new
 	mv docs/flags.md.new docs/flags.md
+	$(PY) -m tools.coming_from_doc > docs/coming-from.md.new
+	mv docs/coming-from.md.new docs/coming-from.md
 	$(PY) -m tools.api_doc
+
+docs-check: $(STAMP)
+	$(PY) -m tools.docs_check $(ARGS)
 
 # No addresses, no header: the files must read the same wherever they were made. Versions stay unless LOCK says so.
 compile := $(PY) -m uv pip compile -q --no-header --no-annotate --no-emit-index-url --extra test --extra dev $(LOCK)

@@ -36,6 +36,7 @@ NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--disable-log-stats": (False, "see --decode-log-interval"),
     "--delete-ckpt-after-loading": (False, "checkpoints are kept in --cache-dir"),
     "--skip-server-warmup": (False, "every program is compiled and run once before the server is ready"),
+    "--enable-auto-tool-choice": (False, "tools are always on offer; --tool-call-parser says how they are called"),
     "--tokenizer-mode": (True, "the fast tokenizer is always used"),
     "--trust-remote-code": (False, ""),  # refused below; here so that it parses
 }
@@ -72,7 +73,6 @@ NOT_YET_SWITCHES: dict[str, str] = {
     "--allow-credentials": "keys are sent as headers, not as cookies",
     "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
     "--enable-lora": "adapters are not there",
-    "--enable-auto-tool-choice": "tool calling is not there",
     "--enable-priority-scheduling": "requests have one priority",
     "--allow-auto-truncate": "prompts are never cut",
     "--enable-dp-attention": "one device is used",

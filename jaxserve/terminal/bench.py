@@ -16,7 +16,7 @@ from jaxserve.flag_values import at_least, positive
 from jaxserve.terminal.figures import comparison, summarise, table
 from jaxserve.terminal.http import Server, base_url
 from jaxserve.terminal.load import Load, Reply, make_prompts, run
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, find_or_start
+from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
 
 OTHER_SEED = 1_000_003  # between two sets of prompts, so that none is a prefix of what is measured
 INTERRUPTED = 130
@@ -42,7 +42,7 @@ def arguments(prog: str = "jaxserve bench") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server")
+    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server (default: $JAXSERVE_URL)")
     add("--model", metavar="NAME", help="served name, or what a server is started with (default: the server's)")
     add("--chat", action="store_true", help="/v1/chat/completions instead of /v1/completions")
     add("--num-prompts", type=positive, default=64, metavar="N", help="requests to measure (default: 64)")
@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
     """The process's exit code."""
     args, flags = arguments().parse_known_args(list(argv))
     try:
-        api_key = args.api_key or os.environ.get("JAXSERVE_API_KEY")
-        with find_or_start(args.url, args.model, api_key, flags) as (server, model):
+        url, api_key = address(args.url, args.api_key, os.environ)
+        with find_or_start(url, args.model, api_key, flags) as (server, model):
             results = measure(args, server, model)
     except CommandError as error:
         print(f"jaxserve bench: error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 from jaxserve.terminal.conversation import COMMANDS, Ask, CommandRefused, Conversation, Leave, follow
 from jaxserve.terminal.http import Server, ServerError, base_url
 from jaxserve.terminal.screen import LineEditing, Style, history_path, read_message
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, find_or_start
+from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 CLOSED_PIPE = 141  # and for a reader that went away
@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server")
+    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server (default: $JAXSERVE_URL)")
     add("--model", metavar="NAME", help="served name, or what a server is started with (default: the server's)")
     add("-p", "--prompt", metavar="TEXT", help="one question; what comes on a pipe is put under it")
     add("--system", metavar="TEXT", help="system prompt")
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
             raise CommandError(f"unexpected argument {flags[0]!r}; a question is given by --prompt")
         question = _question(args.prompt)
         talk = Conversation("", args.system, _params(args))
-        api_key = args.api_key or os.environ.get("JAXSERVE_API_KEY")
-        with find_or_start(args.url, args.model, api_key, flags) as (server, talk.model):
+        url, api_key = address(args.url, args.api_key, os.environ)
+        with find_or_start(url, args.model, api_key, flags) as (server, talk.model):
             if question is not None:
                 return _answer_once(server, talk, question)
             return _converse(server, talk, history=not args.no_history)

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from jaxserve.config import ServerConfig
 from jaxserve.flags import FlagError, parse
-from jaxserve.terminal.http import Server, ServerError
+from jaxserve.terminal.http import Server, ServerError, base_url
 from jaxserve.utils import _free_port, terminate_process
 
 DEFAULT_URL = f"http://127.0.0.1:{ServerConfig().port}"
@@ -27,6 +27,16 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 class CommandError(Exception):
     """What the user can mend; the message says how. Exit code 2."""
+
+
+def address(url: str | None, api_key: str | None, environ: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """What was given, or stands in JAXSERVE_URL and JAXSERVE_API_KEY. Raises CommandError."""
+    if url is None and (named := environ.get("JAXSERVE_URL")):
+        try:
+            url = base_url(named)
+        except ValueError as error:
+            raise CommandError(f"JAXSERVE_URL: {error}") from None
+    return url, api_key or environ.get("JAXSERVE_API_KEY") or None
 
 
 def served_models(server: Server, timeout: float = 10.0) -> list[dict[str, Any]]:
