@@ -1,7 +1,7 @@
 """Does what README and quickstart say, as somebody would who has only them: python -m tools.docs_check [PAGE ...]
 
 Each page starts in an empty folder, and its blocks of sh and python run in their order. A comment above a block says
-what is different: <!-- docs-check: server --> stays in the background and is waited for, <!-- docs-check: skip (why) -->
+what is different: <!-- docs-check: server --> stays in the background, <!-- docs-check: skip (why) -->
 is not run. The repository is the last commit of this checkout; models and compiled programs are fetched and made
 anew, unless --warm is given.
 """
