@@ -228,7 +228,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = None  # None: <cache_dir>/programs
     decode_log_interval: int = 40
     watchdog_timeout: float = 300.0  # seconds a step may take, compiles excluded; 0 = off
-    random_seed: int = 0  # of dummy weights
+    random_seed: int = 0  # of dummy weights; the front end's is of requests
     record_plans: str | None = None  # file that gets every step's plan when the engine ends: a debugging aid
     max_batch_running: int | None = None  # rows of batch work in a step while somebody interactive is there
     max_batch_prefill_tokens: int | None = None  # prompt tokens of batch work in a step, at such times
@@ -263,6 +263,7 @@ class ServerConfig:
     tool_call_parser: Literal["auto", "hermes", "llama3", "pythonic", "none"] = "auto"  # how the model writes calls
     reasoning_parser: Literal["auto", "deepseek-r1", "qwen3", "none"] = "auto"  # whether it begins with <think>
     sampling_defaults: Literal["model", "openai"] = "model"  # generation_config.json, or temperature 1 and top_p 1
+    random_seed: int | None = None  # of requests that bring none; None: another at every start
     stream_interval: int = 1  # tokens per streamed chunk, at least
     enable_cache_report: bool = True  # usage.prompt_tokens_details.cached_tokens
     log_level: str = "info"

@@ -15,15 +15,12 @@ from typing import Any, NoReturn
 
 from jaxserve import foreign_flags as foreign
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
+from jaxserve.flag_file import FlagError, file_arguments
 from jaxserve.flag_values import at_least, port, positive, seconds, share
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
 from jaxserve.version import __version__
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-
-
-class FlagError(ValueError):
-    """A command line or config file that cannot be served; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +75,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         ("--tool-call-parser",),
         "server.tool_call_parser",
-        "how the model writes tool calls; auto: as its chat template says; none: requests with tools are refused",
+        "how the model writes tool calls; auto: as its chat template says; none: requests with tools are refused; "
+        "other servers' names for these are taken too, as qwen25 or llama3_json",
+        foreign.tool_call_parser,
         choices=("auto", "hermes", "llama3", "pythonic", "none"),
     ),
     Flag(
         ("--reasoning-parser",),
         "server.reasoning_parser",
         "thinking in <think> tags; auto: where the chat template knows them; deepseek-r1: also without the first tag",
+        foreign.reasoning_parser,
         choices=("auto", "deepseek-r1", "qwen3", "none"),
     ),
     Flag(
@@ -203,7 +203,12 @@ FLAGS: tuple[Flag, ...] = (
         seconds,
     ),
     Flag(("--decode-log-interval",), "engine.decode_log_interval", "decode steps between two log lines", positive),
-    Flag(("--random-seed", "--seed"), "engine.random_seed", "of dummy weights", int),
+    Flag(
+        ("--random-seed", "--seed"),
+        "engine.random_seed",
+        "of requests that bring no seed (default: another at every start), and of dummy weights",
+        int,
+    ),
     Flag(
         ("--record-plans",),
         "engine.record_plans",
@@ -216,7 +221,12 @@ FLAGS: tuple[Flag, ...] = (
         choices=("model", "openai"),
     ),
     Flag(("--stream-interval",), "server.stream_interval", "tokens per streamed chunk, at least", positive),
-    Flag(("--enable-cache-report",), "server.enable_cache_report", "cached_tokens in usage (on by default)", bool),
+    Flag(
+        ("--enable-cache-report", "--enable-prompt-tokens-details"),
+        "server.enable_cache_report",
+        "cached_tokens in usage (on by default)",
+        bool,
+    ),
     Flag(
         ("--max-queued-requests",),
         "server.max_queued_requests",
@@ -259,7 +269,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--shutdown-timeout",), "server.shutdown_timeout", "seconds open requests get to finish at the end", seconds),
     Flag(("--log-level",), "server.log_level", "of the server and the engine", choices=LOG_LEVELS),
     Flag(
-        ("--log-level-http",), "server.log_level_http", "of the access log (default: --log-level)", choices=LOG_LEVELS
+        ("--log-level-http", "--uvicorn-log-level"),
+        "server.log_level_http",
+        "of the access log (default: --log-level)",
+        choices=LOG_LEVELS,
     ),
     Flag(
         ("--log-requests", "--enable-log-requests"),
@@ -365,7 +378,8 @@ def parse(argv: Sequence[str], epilog: str = "") -> Options:
     path = given.pop("config", None)
     targets = _targets(given)
     if path is not None:
-        from_file = _parse_known(parser, _file_arguments(path, parser))
+        names = {name for action in parser._actions for name in action.option_strings}
+        from_file = _parse_known(parser, file_arguments(path, names, lambda name: _unknown(name, parser)))
         targets = _targets(from_file) | targets
         given = from_file | given
     warnings = _check_others(given)
@@ -376,6 +390,8 @@ def parse(argv: Sequence[str], epilog: str = "") -> Options:
     warnings += foreign.drop_foreign_backend(values["engine"])
     if "log_level" in values["server"]:
         values["engine"]["log_level"] = values["server"]["log_level"]
+    if "random_seed" in values["engine"]:
+        values["server"]["random_seed"] = values["engine"]["random_seed"]
     launch = values["launch"]
     return Options(
         model=launch.get("model", DEFAULT_MODEL),
@@ -432,44 +448,6 @@ def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
 
 def _shown_names(parser: argparse.ArgumentParser) -> list[str]:
     return [name for action in parser._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
-
-
-def _file_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML mapping -> the command line it stands for. Raises FlagError naming the file."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise FlagError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FlagError(f"--config {path} is not valid YAML: {error}") from None
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise FlagError(f"--config {path} must be a mapping of flags to values, as in 'port: 30000'")
-    arguments: list[str] = []
-    names = {name for action in parser._actions for name in action.option_strings}
-    for key, value in content.items():
-        name = "--" + str(key).lstrip("-").replace("_", "-")
-        if name == "--config" or name not in names:
-            raise FlagError(f"--config {path}: {_unknown(name, parser)}")
-        arguments += _file_argument(name, value, names)
-    return arguments
-
-
-def _file_argument(name: str, value: Any, names: set[str]) -> list[str]:
-    if value is None:
-        return []
-    if value is True:
-        return [name]
-    if value is False:
-        opposite = "--no" + name[1:]
-        return [opposite] if opposite in names else []  # a --disable-… switch that is off
-    if isinstance(value, list):
-        return [name, *map(str, value)]
-    return [f"{name}={value}"]
 
 
 def _check_others(given: Mapping[str, Any]) -> tuple[str, ...]:

@@ -38,6 +38,19 @@ NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--skip-server-warmup": (False, "every program is compiled and run once before the server is ready"),
     "--enable-auto-tool-choice": (False, "tools are always on offer; --tool-call-parser says how they are called"),
     "--tokenizer-mode": (True, "the fast tokenizer is always used"),
+    "--tokenizer-worker-num": (True, "long texts are tokenised in threads"),
+    "--enable-auto-tool-choice": (False, "a request with tools always lets the model choose"),
+    "--enable-reasoning": (False, "--reasoning-parser alone decides"),
+    "--guided-decoding-backend": (True, "there is one backend"),
+    "--log-requests-level": (True, "the text of requests is never logged"),
+    "--max-log-len": (True, "the text of requests is never logged"),
+    "--enable-request-id-headers": (False, "every reply has an x-request-id"),
+    "--enable-server-load-tracking": (False, "GET /v1/loads is always served"),
+    "--disable-frontend-multiprocessing": (False, "the engine always has a process of its own"),
+    "--disable-precompile": (False, "every program is compiled before the server is ready"),
+    "--precompile-token-paddings": (True, "see --chunked-prefill-size"),
+    "--precompile-bs-paddings": (True, "see --max-running-requests"),
+    "--limit-mm-per-prompt": (True, "only text is served"),
     "--trust-remote-code": (False, ""),  # refused below; here so that it parses
 }
 
@@ -65,13 +78,19 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--speculative-config": ((), "speculative decoding is not there"),
     "--lora-paths": ((), "adapters are not there"),
     "--lora-modules": ((), "adapters are not there"),
+    "--api-server-count": (_ONE, "one front end is run"),
+    "--task": (("auto", "generate"), "use --is-embedding for embeddings alone"),
+    "--runner": (("auto", "generate"), "use --is-embedding for embeddings alone"),
+    "--response-role": (("assistant",), "replies are the assistant's"),
+    "--chat-template-content-format": (("auto", "string"), "templates are given text"),
+    "--hf-chat-template-name": ((), "give the template as a file with --chat-template"),
     "--json-model-override-args": (("{}",), "edit a copy of config.json instead"),
     "--hf-overrides": (("{}",), "edit a copy of config.json instead"),
     "--generation-config": (("auto",), "use --sampling-defaults openai to leave the model's defaults out"),
 }
 NOT_YET_SWITCHES: dict[str, str] = {
     "--allow-credentials": "keys are sent as headers, not as cookies",
-    "--skip-tokenizer-init": "requests are text, or token ids on /v1/completions",
+    "--skip-tokenizer-init": "replies are text; /v1/completions and /generate take token ids",
     "--enable-lora": "adapters are not there",
     "--enable-priority-scheduling": "requests have one priority",
     "--allow-auto-truncate": "prompts are never cut",
@@ -90,6 +109,25 @@ _FOREIGN_BACKENDS = {
     *("dual_chunk_flash_attn", "intel_amx"),
 }
 _OUR_BACKENDS = ("auto", "pallas", "xla")
+
+# Other servers' names for ways of writing that are served here.
+_TOOL_PARSERS = {
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "llama3_json": "llama3",
+    "llama4_pythonic": "pythonic",
+}
+_REASONING_PARSERS = {"deepseek_r1": "deepseek-r1", "qwen3-thinking": "deepseek-r1"}
+
+
+def tool_call_parser(text: str) -> str:
+    """A value of --tool-call-parser, by the name it has here."""
+    return _TOOL_PARSERS.get(text, text)
+
+
+def reasoning_parser(text: str) -> str:
+    """A value of --reasoning-parser, by the name it has here."""
+    return _REASONING_PARSERS.get(text, text)
 
 
 def attention_backend(text: str) -> str:

@@ -27,7 +27,7 @@ from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
 from jaxserve.progress import CLEAR_LINE, StageReporter
-from jaxserve.service import HttpService, Service, bind, open_store, tls_options
+from jaxserve.service import HttpService, Service, bind, open_store, raise_file_limit, tls_options
 from jaxserve.store import StoreError
 from jaxserve.text.dialect import dialect_of
 from jaxserve.text.embed import matryoshka_sizes
@@ -58,6 +58,7 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    raise_file_limit()
     try:
         listener = bind(config.host, config.port)
     except OSError as error:

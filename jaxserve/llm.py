@@ -120,6 +120,8 @@ class LLM:
             **options,
         )
         self.model = resolved.name
+        # Of prompts that bring no seed; the same calls in the same order say the same where random_seed is given.
+        self._seeds = random.Random(engine["random_seed"]) if "random_seed" in engine else random.SystemRandom()
         self.tokenizer = Tokenizer.from_folder(resolved.folder, chat_template=chat_template)
         self._grammar_checker = GrammarChecker(self.tokenizer)
         self._background = _Background(config)
@@ -278,7 +280,7 @@ class LLM:
             tokenizer=self.tokenizer,
             num_prompt=len(prompt),
             max_model_len=self.ready.max_model_len,
-            draw_seed=lambda: random.SystemRandom().getrandbits(64),
+            draw_seed=lambda: self._seeds.getrandbits(64),
         )
         return _Job(prompt, tuple(replace(params, choice=choice) for choice in range(n)), options)
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import uvicorn
@@ -15,11 +16,15 @@ from jaxserve.api.app import create_app
 from jaxserve.api.serving import Serving
 from jaxserve.client import EngineClient
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.connection import Connection
 from jaxserve.store import Store, StoreError
 from jaxserve.store.sqlite import SQLiteStore
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
+# Seconds that an idle connection stays. Longer than the 60 after which load balancers close theirs: one that sends a
+# request just when it is closed from here answers 502.
+KEEP_ALIVE = 75
 DRAIN_POLL = 0.05  # seconds
 
 
@@ -60,7 +65,15 @@ class HttpService:
         self.client, self.serving = client, app.state.serving
         self.serving.store_missing = self.store_missing
         self.server = _Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", server_header=False, **tls_options(self.config))
+            uvicorn.Config(
+                app,
+                http=Connection,
+                timeout_keep_alive=KEEP_ALIVE,
+                log_config=None,
+                lifespan="off",
+                server_header=False,
+                **tls_options(self.config),
+            )
         )
         return self.serving
 
@@ -139,6 +152,13 @@ def tls_options(config: ServerConfig) -> dict[str, Any]:
         "ssl_ca_certs": config.ssl_ca_certs,
         "ssl_cert_reqs": config.ssl_cert_reqs,
     }
+
+
+def raise_file_limit() -> None:
+    """As many open connections as the system lets this process have; often only 1024 are allowed at first."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says unlimited and means less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def bind(host: str, port: int) -> socket.socket:

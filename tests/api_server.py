@@ -14,6 +14,7 @@ import uvicorn
 from jaxserve.api.app import create_app
 from jaxserve.client import EngineClient
 from jaxserve.config import ServerConfig
+from jaxserve.connection import Connection
 from jaxserve.service import bind
 from jaxserve.store import Store
 from jaxserve.text.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ class ApiServer:
             setattr(worker, name, value)
         self.client.start()
         self.server = uvicorn.Server(
-            uvicorn.Config(self.app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+            uvicorn.Config(self.app, http=Connection, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
         )
         serving = asyncio.ensure_future(self.server.serve(sockets=[self.listener]))
         if self.engine._announce_ready:

@@ -60,7 +60,7 @@ def test_a_stream_has_the_golden_shape(server):
     choices = [chunk["choices"][0] for chunk in chunks]
     neutral = {"index": 0, "logprobs": None, "finish_reason": None, "matched_stop": None}
     assert choices[0] == neutral | {"delta": {"role": "assistant", "content": ""}}
-    assert choices[-1] == neutral | {"delta": {}, "finish_reason": "stop", "matched_stop": EOS}
+    assert choices[-1] == neutral | {"delta": {}, "finish_reason": "stop", "matched_stop": EOS, "stop_reason": None}
     middle = choices[1:-1]
     assert all(set(choice["delta"]) == {"content"} and choice["finish_reason"] is None for choice in middle)
     assert "".join(choice["delta"]["content"] for choice in middle) == "hello world"

@@ -101,6 +101,6 @@ def test_the_stream_has_the_golden_shape_with_usage_at_the_end(server):
     chunks = events(server.complete(stream=True, stream_options={"include_usage": True}))
     assert all(chunk["object"] == "text_completion" for chunk in chunks)
     assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks[:-1])
-    end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop", "matched_stop": EOS}
+    end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop", "matched_stop": EOS, "stop_reason": None}
     assert chunks[-2]["choices"] == [end]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] > 0

@@ -3,20 +3,25 @@
 import json
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import jaxserve.api.http
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.connection import Connection
 from jaxserve.flags import FlagError, parse
 from jaxserve.service import tls_options
-from tests.api_server import ApiServer, error_of
+from tests.api_server import MODEL, ApiServer, error_of
 from tests.test_api_launch import Launched, eventually
+from tests.test_api_life import slowly
 
 PAGE = {"Origin": "https://page.example"}
 
@@ -180,3 +185,86 @@ def test_while_open_streams_finish_new_requests_are_told_503(tmp_path: Path):
         code, output = server.end()
         assert code == 0 and time.monotonic() - started < 30, output
         assert not server.engine_alive()
+
+
+# Clients that take their time
+
+
+class _Impatient(Connection):
+    head_timeout = 0.2
+
+
+def _send(server: ApiServer, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """What comes back before the connection is closed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        with suppress(OSError):  # closed while there was more to send
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause)
+        reply = b""
+        with suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                reply += piece
+        return reply
+
+
+def test_a_head_that_never_ends_is_refused_by_time_and_by_size(monkeypatch):
+    with ApiServer("x") as server:
+        monkeypatch.setattr(server.server.config, "http_protocol_class", _Impatient)
+        for slow in ([b""], [b"GET /health HTTP/1.1\r\n", *[b"a: b\r\n"] * 20]):
+            started = time.monotonic()
+            assert _send(server, *slow, pause=0.05).startswith(b"HTTP/1.1 408 ")
+            assert time.monotonic() - started < 4
+        endless = [b"GET /health HTTP/1.1\r\n", *[b"a: " + b"b" * 8000 + b"\r\n"] * 10]
+        assert _send(server, *endless).startswith(b"HTTP/1.1 431 ")
+        long = b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n"
+        assert _send(server, long).startswith(b"HTTP/1.1 431 ")
+        patient = b"GET /health HTTP/1.1\r\n\r\nGET /health HTTP/1.1\r\nconnection: close\r\n\r\n"
+        assert _send(server, patient).count(b"HTTP/1.1 200 ") == 2
+        assert server.chat().status_code == 200, "others are served as ever"
+
+
+def test_a_body_that_stops_coming_or_is_packed_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxserve.api.http, "BODY_TIMEOUT", 0.2)
+    head = b"POST %s HTTP/1.1\r\ncontent-length: 1000\r\ncontent-type: multipart/form-data; boundary=x\r\n\r\n"
+    with ApiServer("x", store=None) as server:
+        reply = _send(server, head % b"/v1/chat/completions" + b'{"model"')
+        assert reply.startswith(b"HTTP/1.1 408 ") and b'"request_timeout"' in reply
+        packed = server.http.post("/v1/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+        assert error_of(packed, 415)["code"] == "unsupported_media_type" and "gzip" in packed.text
+        assert server.complete().status_code == 200
+
+
+def test_a_path_may_have_a_slash_too_many_and_get_includes_head():
+    with ApiServer("x", api_key="k", admin_api_key="a") as server:
+        key, admin = ({"authorization": f"Bearer {word}"} for word in "ka")
+        body = {"model": MODEL, "prompt": "a"}
+        for path in ("/v1/completions/", "/v1//completions", "//v1/completions"):
+            assert server.http.post(server.url + path, json=body, headers=key).status_code == 200, path
+            assert server.http.post(server.url + path, json=body).status_code == 401, path
+        assert server.http.get("/v1/models/", headers=key).json()["data"][0]["id"] == MODEL
+        for path in ("/flush_cache/", "//flush_cache"):
+            assert server.http.get(server.url + path, headers=key).status_code == 401, path
+            assert server.http.get(server.url + path, headers=admin).status_code == 200, path
+        for path in ("/health", "/ping", "/v1/models", f"/v1/models/{MODEL}", "/metrics", "/docs", "/openapi.json"):
+            got, head = (getattr(server.http, way)(path, headers=key) for way in ("get", "head"))
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == got.headers["content-type"] if got.content else True
+        for path, headers, allowed in (
+            ("/flush_cache", admin, "GET, POST"),
+            ("/v1/files", key, "GET, HEAD, POST"),
+            ("/v1/chat/completions/", key, "POST"),
+        ):
+            refused = server.http.request("PATCH", path, headers=headers)
+            assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
+        assert server.http.head("/flush_cache", headers=admin).status_code == 405
+
+
+def test_replies_of_openais_routes_have_its_headers():
+    with ApiServer(script=slowly) as server:
+        reply = server.complete(max_tokens=20, ignore_eos=True)
+        assert 90 <= int(reply.headers["openai-processing-ms"]) < 20_000
+        assert reply.headers["openai-version"] == "2020-10-01" and reply.headers["x-request-id"]
+        assert "openai-version" in server.http.get("/v1/nope").headers
+        assert "openai-version" not in server.http.get("/health").headers

@@ -22,6 +22,7 @@ COUNTERS = """
 HISTOGRAMS = """
     time_to_first_token_seconds inter_token_latency_seconds time_per_output_token_seconds e2e_request_latency_seconds
 """
+AUTOSCALED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
 def scrape(server: ApiServer) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def scrape(server: ApiServer) -> dict[str, Any]:
     reply = server.http.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=")
     families = {family.name: family for family in text_string_to_metric_families(reply.text)}
-    assert all(name.startswith("jaxserve:") for name in families), set(families)
+    foreign = {name for name in families if not name.startswith("jaxserve:")}
+    assert foreign == {f"vllm:{name}" for name in AUTOSCALED}, foreign
     return {name.removeprefix("jaxserve:"): family for name, family in families.items()}
 
 
@@ -70,6 +72,8 @@ def test_the_gauges_of_autoscalers_follow_what_runs():
         families = scrape(server)
         assert value(families, "num_requests_running") == value(families, "num_running_reqs") == 3
         assert value(families, "kv_cache_usage_perc") == value(families, "token_usage") == 0.03
+        for name in AUTOSCALED:
+            assert value(families, f"vllm:{name}") == value(families, name), name
         assert value(families, "num_used_tokens") == 48 and value(families, "num_open_requests") == 1
         server.post("/abort_request", {"rid": "x"})
         asking.result()

@@ -109,7 +109,7 @@ def test_stop_token_ids_end_the_text_and_are_not_part_of_it(live: RealServer, pa
     plain = ids_of(live, greedy(live, path))
     stop = plain[2]
     choice = ask(live, path, stop_token_ids=[stop])["choices"][0]
-    assert (choice["finish_reason"], choice["matched_stop"]) == ("stop", stop)
+    assert (choice["finish_reason"], choice["matched_stop"], choice["stop_reason"]) == ("stop", stop, stop)
     assert choice["text"] == live.tokenizer.decode(plain[: plain.index(stop)], skip_special_tokens=True)
 
 
@@ -161,7 +161,7 @@ def server():
 def test_the_stop_that_matched_is_kept_where_asked_for(server: ApiServer, path: str, name: str):
     for keep, text in ((False, "hello "), (True, "hello wor")):
         choice = choices_of(scripted(server, path, stop=["nope", "wor"], **{name: keep}).json()["choices"])[0]
-        assert (choice["text"], choice["matched_stop"]) == (text, "wor")
+        assert (choice["text"], choice["matched_stop"], choice["stop_reason"]) == (text, "wor", "wor")
 
 
 @ROUTES
@@ -254,3 +254,14 @@ def test_every_role_takes_text_and_parts_and_only_a_reply_may_be_null(server: Ap
         assert prompt == f"<|im_start|>{shown}\na<|im_end|>\n<|im_start|>assistant\n"
     null = server.chat(messages=[{"role": role, "content": None}])
     assert null.status_code == (200 if role == "assistant" else 400)
+
+
+def test_random_seed_repeats_what_requests_without_a_seed_draw():
+    def drawn(**config: Any) -> list[int]:
+        with ApiServer("x", **config) as server:
+            for _ in range(3):
+                server.complete(max_tokens=1, temperature=1)
+            return [request.params.seed for request in server.engine.requests]
+
+    first, again, other = drawn(random_seed=7), drawn(random_seed=7), drawn()
+    assert first == again and len(set(first)) == 3 and not set(first) & set(other)

@@ -161,3 +161,20 @@ def test_a_user_error_exits_with_2():
         [sys.executable, "-m", "jaxserve", "--prot", "1"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and done.stderr.startswith("jaxserve: error: ") and done.stdout == ""
+
+
+def test_command_lines_for_tools_and_thinking_of_other_servers_are_read():
+    vllm = parse(
+        ["--enable-auto-tool-choice", "--tool-call-parser", "llama3_json", "--reasoning-parser", "deepseek_r1"]
+    )
+    assert (vllm.server.tool_call_parser, vllm.server.reasoning_parser) == ("llama3", "deepseek-r1")
+    assert len(vllm.warnings) == 1 and "--enable-auto-tool-choice" in vllm.warnings[0]
+    assert parse(["--tool-call-parser", "qwen25"]).server.tool_call_parser == "hermes"
+    with pytest.raises(FlagError, match="mistral"):
+        parse(["--tool-call-parser", "mistral"])
+
+
+def test_the_random_seed_is_that_of_requests_too():
+    assert parse([]).server.random_seed is None
+    options = parse(["--seed", "7"])
+    assert options.engine == {"random_seed": 7} and options.server.random_seed == 7

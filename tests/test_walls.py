@@ -40,14 +40,19 @@ ROOMS = {
     "jaxserve.version": room(0),
     "jaxserve.types": room(1),
     "jaxserve.config": room(1),
+    "jaxserve.flag_file": room(1, others="yaml"),
     "jaxserve.flag_values": room(1),
     "jaxserve.foreign_flags": room(1),
     "jaxserve.progress": room(1),
     "jaxserve.utils": room(1),
+    "jaxserve.connection": room(1, others="uvicorn"),
     "jaxserve.store": room(1),
     "kernels_pallas": room(1, others="jax numpy"),
     "checkpoints": room(1, others="jax numpy ml_dtypes orbax tensorstore gguf tokenizers huggingface_hub tqdm"),
-    "jaxserve.flags": room(2, "jaxserve.config jaxserve.flag_values jaxserve.foreign_flags jaxserve.version", "yaml"),
+    "jaxserve.flags": room(
+        2,
+        "jaxserve.config jaxserve.flag_file jaxserve.flag_values jaxserve.foreign_flags jaxserve.version",
+    ),
     "jaxserve.client": room(2, "jaxserve.types"),
     "jaxserve.model": room(2, "jaxserve.config kernels_pallas", "jax numpy flax"),
     "jaxserve.scheduling": room(2, "jaxserve.types jaxserve.config", "numpy llguidance"),
@@ -74,7 +79,9 @@ ROOMS = {
         "jaxserve.config jaxserve.flags jaxserve.progress checkpoints.hub",
         "uvicorn",
     ),
-    "jaxserve.service": room(5, "jaxserve.api jaxserve.client jaxserve.store jaxserve.config", "uvicorn"),
+    "jaxserve.service": room(
+        5, "jaxserve.api jaxserve.client jaxserve.connection jaxserve.store jaxserve.config", "uvicorn"
+    ),
     "jaxserve.batch_flags": room(3, "jaxserve.flags"),
     "jaxserve.offline": room(
         7,

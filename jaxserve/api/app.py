@@ -70,7 +70,7 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/metrics",), ("GET",), native.metrics, None),
     (("/version",), ("GET",), native.version, None),
     (("/get_model_info", "/model_info"), ("GET",), native.get_model_info, None),
-    (("/get_server_info", "/server_info"), ("GET",), native.get_server_info, None),
+    (("/get_server_info", "/server_info", "/get_server_args"), ("GET",), native.get_server_info, None),
     (("/tokenize", "/v1/tokenize"), ("POST",), native.tokenize, native.TokenizeRequest),
     (("/detokenize", "/v1/detokenize"), ("POST",), native.detokenize, native.DetokenizeRequest),
     (("/generate",), ("POST", "PUT"), generate.generate_native, generate.GenerateRequest),
@@ -81,6 +81,10 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/get_load",), ("GET",), admin.get_load, None),
     (("/v1/loads",), ("GET",), admin.loads, None),
 )
+
+
+# What asking for changes something or costs a step: no HEAD, which monitors send to see whether a page is there.
+_ACTING: tuple[Endpoint, ...] = (admin.flush_cache, admin.start_profile, admin.stop_profile, native.health_generate)
 
 
 class _Application(FastAPI):
@@ -137,6 +141,8 @@ def _add_route(app: FastAPI, serving: Serving, path: str, method: str, endpoint:
         operation_id=f"{name}_{method.lower()}_{path.strip('/').replace('/', '_')}",
         response_model=None,
     )
+    if method == "GET" and endpoint not in _ACTING:  # the server leaves the body of its reply out
+        app.add_api_route(path, handle, methods=["HEAD"], include_in_schema=False, response_model=None)
 
 
 def _add_docs(app: FastAPI) -> None:

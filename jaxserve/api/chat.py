@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from jaxserve.api.chat_turn import ChatTurn, begin_turn
-from jaxserve.api.generation import Reply, log_request, new_reply, with_errors
+from jaxserve.api.generation import Reply, end_fields, log_request, new_reply, with_errors
 from jaxserve.api.http import DONE, event
 from jaxserve.api.logprobs import chat_logprobs, prompt_logprobs_list
 from jaxserve.api.route import Route
@@ -72,8 +72,7 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
             "index": index,
             "message": _message(message),
             "logprobs": logprobs[index],
-            "finish_reason": _finish_reason(turn, message.finish_reason),
-            "matched_stop": stops[index],
+            **end_fields(tokenizer, _finish_reason(turn, message.finish_reason), stops[index]),
         }
         for index, message in enumerate(messages)
     ]
@@ -124,8 +123,7 @@ async def _chunks(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, end: MessageDelta | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, "matched_stop": None}
         if end is not None:
-            reason = _finish_reason(turn, end.finish_reason)
-            choice |= {"finish_reason": reason, "matched_stop": end.tokens.matched_stop}
+            choice |= end_fields(tokenizer, _finish_reason(turn, end.finish_reason), end.tokens.matched_stop)
         value = {**reply.head(), "choices": [choice]}
         if request.include_usage:
             value["usage"] = usage.as_dict() if request.usage_in_every_chunk else None

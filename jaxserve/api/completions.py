@@ -18,6 +18,7 @@ from jaxserve.api.generation import (
     at_least,
     deltas_of,
     encode,
+    end_fields,
     generate_options,
     log_request,
     new_reply,
@@ -31,6 +32,7 @@ from jaxserve.api.route import Route
 from jaxserve.api.schema import CompletionRequest, parse_request
 from jaxserve.api.serving import Serving
 from jaxserve.text.generate import Delta, PromptLogprobs
+from jaxserve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, on this route only
 
@@ -161,8 +163,7 @@ def _echoes(serving: Serving, request: CompletionRequest, prompts: list[list[int
     return tuple(tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts)
 
 
-def _columns(serving: Serving, job: Job) -> list[CompletionLogprobs]:
-    tokenizer, _ = serving.require_ready()
+def _columns(tokenizer: Tokenizer, job: Job) -> list[CompletionLogprobs]:
     skip = job.request.skip_special_tokens is not False
     return [CompletionLogprobs(tokenizer, skip, len(echo)) for echo in job.echoes for _ in range(job.num_drawn)]
 
@@ -176,7 +177,8 @@ def _echo_columns(job: Job, columns: CompletionLogprobs, index: int, delta: Delt
 
 
 async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
-    columns = _columns(serving, job)
+    tokenizer, _ = serving.require_ready()
+    columns = _columns(tokenizer, job)
     texts = [[echo] for echo in job.echoes for _ in range(job.num_drawn)]
     ends: list[Delta | None] = [None] * len(texts)
     scores: list[PromptLogprobs | None] = [None] * len(texts)
@@ -200,11 +202,10 @@ async def _whole(serving: Serving, job: Job) -> dict[str, Any]:
             "index": place,
             "text": "".join(texts[index]),
             "logprobs": None if job.num_logprobs is None else columns[index].columns,
-            "finish_reason": end.finish_reason,
-            "matched_stop": end.matched_stop,
+            **end_fields(tokenizer, end.finish_reason, end.matched_stop),
         }
         if job.request.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = _prompt_logprobs(serving, job, index, scores[index])
+            choice["prompt_logprobs"] = _prompt_logprobs(tokenizer, job, index, scores[index])
         choices.append(choice)
     tail = {"usage": job.usage.as_dict(), "system_fingerprint": None}
     return {**job.head(), "choices": choices, **tail}
@@ -225,9 +226,8 @@ def _best(job: Job, ends: list[Delta | None]) -> list[int]:
 
 
 def _prompt_logprobs(
-    serving: Serving, job: Job, index: int, scores: PromptLogprobs | None
+    tokenizer: Tokenizer, job: Job, index: int, scores: PromptLogprobs | None
 ) -> list[dict[str, Any] | None]:
-    tokenizer, _ = serving.require_ready()
     assert scores is not None and job.request.prompt_logprobs is not None, "they come with a choice's first delta"
     return prompt_logprobs_list(tokenizer, job.prompts[index // job.num_drawn], scores, job.request.prompt_logprobs)
 
@@ -238,13 +238,14 @@ def _events(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
 
 async def _chunks(serving: Serving, job: Job) -> AsyncGenerator[bytes, None]:
     """Text chunks (the first begins with the echo), one finish chunk per index, usage if asked for, [DONE]."""
-    columns = _columns(serving, job)
+    tokenizer, _ = serving.require_ready()
+    columns = _columns(tokenizer, job)
     opened: set[int] = set()
 
     def chunk(index: int, text: str, logprobs: Any = None, end: Delta | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "matched_stop": None}
         if end is not None:
-            choice |= {"finish_reason": end.finish_reason, "matched_stop": end.matched_stop}
+            choice |= end_fields(tokenizer, end.finish_reason, end.matched_stop)
         value = {**job.head(), "choices": [choice]}
         if job.request.include_usage:
             value["usage"] = job.usage.as_dict() if job.request.usage_in_every_chunk else None

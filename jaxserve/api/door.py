@@ -1,8 +1,10 @@
 """What stands before all routes: request ids, the keys, and the limit of a body's declared size."""
 
 import hmac
+import re
 import secrets
 import sys
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,13 +18,16 @@ OPEN_PATHS = frozenset({"/health", "/metrics", "/ping"})  # without a key: load 
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request", "/start_profile", "/stop_profile"})
 FILES_PATH = "/v1/files"
 MAX_REQUEST_ID = 128
-EXPOSED_HEADERS = ("x-request-id", "retry-after")  # a script in a browser may read these too
+OPENAI_VERSION = "2020-10-01"  # of the API, the only one there is; OpenAI's clients log it
+EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")  # a script in a browser may read these too
+_SLASHES = re.compile("/{2,}")
 
 
 class Door:
     """For every path, before anything is parsed.
 
     A request id is the client's x-request-id where that is printable ASCII, else a new one; every reply carries it.
+    A path means the same with a slash too many, as base URLs that end in one make them: at its end or in a row.
     The key comes as bearer token or, as Anthropic's clients send it, in x-api-key. ADMIN_PATHS take the admin key
     alone where there is one.
     """
@@ -36,6 +41,8 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        started = time.monotonic()
+        path = scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope["jaxserve.request_id"] = request_id
@@ -43,13 +50,17 @@ class Door:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-                if scope["path"].startswith(ANTHROPIC_PATH):
-                    MutableHeaders(scope=message)["request-id"] = request_id  # Anthropic's name for it
+                reply = MutableHeaders(scope=message)
+                reply["x-request-id"] = request_id
+                if path.startswith(ANTHROPIC_PATH):
+                    reply["request-id"] = request_id  # Anthropic's name for it
+                elif path.startswith("/v1/"):
+                    reply["openai-version"] = OPENAI_VERSION
+                    reply["openai-processing-ms"] = str(round((time.monotonic() - started) * 1000))
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers)
-        await (self.app if refusal is None else refusal.response(scope["path"]))(scope, receive, send_with_id)
+        refusal = self._refusal(path, headers)
+        await (self.app if refusal is None else refusal.response(path))(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
         admin = path in ADMIN_PATHS and self.admin_key is not None

@@ -14,9 +14,11 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Route
 
 from jaxserve.client import EngineOverloaded, EngineUnavailable
 from jaxserve.store import StoreError, StoreFull
@@ -152,12 +154,21 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if error.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path}. See GET /openapi.json for what is served."
-    elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = allowed = _allowed(request) or headers.get("Allow", "another method")
         message = f"{request.method} is not allowed on {request.url.path}; use {allowed}."
-    code = _CODES.get(error.status_code)
-    refusal = APIError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+    refusal = APIError(error.status_code, message, code=_CODES.get(error.status_code), headers=headers)
     return refusal.response(request.url.path)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of a path; Starlette names those of the first."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route | APIRoute) and route.path_regex.match(request.scope["path"]):
+            found |= route.methods or set()
+    return ", ".join(sorted(found))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from jaxserve.api.errors import APIError, invalid_request, not_found
-from jaxserve.api.http import MEBIBYTE, json_response
+from jaxserve.api.http import MEBIBYTE, body_chunks, json_response
 from jaxserve.api.multipart import Form
 from jaxserve.api.paging import integer_query, page_object
 from jaxserve.api.serving import Serving
@@ -45,7 +45,7 @@ async def create_file(serving: Serving, http: Request) -> Response:
     """multipart/form-data with purpose, file and optionally expires_after[anchor], expires_after[seconds], in any
     order; the file goes to disk as it arrives."""
     store = serving.require_store()
-    form = Form(_pieces(http.stream()), http.headers.get("content-type", ""))
+    form = Form(_pieces(body_chunks(http)), http.headers.get("content-type", ""))
     fields: dict[str, str] = {}
     upload: Upload | None = None
     filename = ""

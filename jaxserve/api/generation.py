@@ -16,6 +16,7 @@ from jaxserve.api.schema import ChatRequest, CompletionRequest, GenerationReques
 from jaxserve.api.serving import Serving
 from jaxserve.text.generate import Delta, GenerateOptions, generate
 from jaxserve.text.params import SamplingRequest, resolve_sampling
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,12 @@ class Usage:
         if self.reasoning:
             value["completion_tokens_details"] = {"reasoning_tokens": sum(self.reasoning.values())}
         return value
+
+
+def end_fields(tokenizer: Tokenizer, reason: str | None, matched: int | str | None) -> dict[str, Any]:
+    """How a choice ended. stop_reason is vLLM's name for matched_stop, and null for the model's own end."""
+    own = isinstance(matched, int) and matched in tokenizer.eos_token_ids
+    return {"finish_reason": reason, "matched_stop": matched, "stop_reason": None if own else matched}
 
 
 def sampling_request(

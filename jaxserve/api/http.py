@@ -19,16 +19,36 @@ from jaxserve.api.errors import APIError, invalid_request
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 MEBIBYTE = 1 << 20
+BODY_TIMEOUT = 60.0  # seconds between two pieces of a request's body
+
+
+async def body_chunks(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body as it comes. Raises APIError 415 for one that is packed, 408 when nothing comes for BODY_TIMEOUT."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"A request body with Content-Encoding {encoding[:40]!r} is not supported; send it as it is."
+        raise APIError(415, message, code="unsupported_media_type")
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            message = f"Nothing of the request body came for {BODY_TIMEOUT:g} seconds."
+            raise APIError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
+        if chunk is None:
+            return
+        yield chunk
 
 
 async def read_json(request: Request, max_mebibytes: int, *, may_be_empty: bool = False) -> dict[str, Any]:
     """The body as a JSON object, whatever its content type says; {} for none, where that may be.
 
-    Raises APIError 400 or 413.
+    Raises APIError 400, 413, and as body_chunks.
     """
     limit = max_mebibytes * MEBIBYTE
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in body_chunks(request):
         body += chunk
         if len(body) > limit:
             message = f"The request body is larger than {max_mebibytes} MiB (--max-body-size)."

@@ -1,6 +1,7 @@
 """Prometheus metrics: the engine's own counts, read when scraped, and latencies as the client sees them.
 
-Names are SGLang's with the prefix jaxserve:, plus vLLM's for the queue, the cache and finished requests.
+Names are SGLang's with the prefix jaxserve:, plus vLLM's for the queue, the cache and finished requests; those that
+autoscalers read have the prefix vllm: too.
 """
 
 import time
@@ -211,6 +212,9 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ),
 )
 
+# What autoscalers and gateways that were set up for vLLM read by its full name.
+_VLLM_GAUGES = frozenset(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+
 
 class _EngineCollector:
     """Turns client.stats into metrics at the moment of a scrape."""
@@ -227,6 +231,8 @@ class _EngineCollector:
             yield self._family(CounterMetricFamily, name, text, read(stats))
         for name, text, read_float in _GAUGES:
             yield self._family(GaugeMetricFamily, name, text, read_float(stats))
+            if name in _VLLM_GAUGES:
+                yield self._family(GaugeMetricFamily, name, text, read_float(stats), "vllm")
         page_size = ready.page_size if ready else 0
         yield self._family(
             GaugeMetricFamily, "num_used_tokens", "Token slots held by sequences.", stats.num_held_pages * page_size
@@ -242,7 +248,7 @@ class _EngineCollector:
         compilations.add_metric([*self.labels.values(), "serving"], stats.compilations_total)
         yield compilations
 
-    def _family(self, kind: Any, name: str, text: str, value: float) -> Metric:
-        family = kind(f"jaxserve:{name}", text, labels=list(self.labels))
+    def _family(self, kind: Any, name: str, text: str, value: float, prefix: str = "jaxserve") -> Metric:
+        family = kind(f"{prefix}:{name}", text, labels=list(self.labels))
         family.add_metric(list(self.labels.values()), value)
         return family

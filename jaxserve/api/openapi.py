@@ -16,8 +16,10 @@ _WHEN = {
     "400": "The request is not right, or asks for what is not supported; the message says what to change.",
     "401": "The API key is missing or wrong.",
     "404": "There is nothing by this name.",
+    "408": "The body stopped coming.",
     "409": "It is not in the state for that.",
     "413": "The body is larger than --max-body-size.",
+    "415": "The body is packed (Content-Encoding).",
     "500": "A bug, or a disk that failed; the server's log has the details.",
     "503": "Starting, stopping, overloaded, or the engine has ended. Retry-After says when to try again.",
     "507": "The disk is full.",
@@ -136,7 +138,7 @@ def _complete_operation(
     body = None if method == "GET" else _body(path, model, schemas)
     if body is not None:
         operation["requestBody"] = body
-    operation["responses"] = _responses(path, method, has_input=body is not None or bool(queries))
+    operation["responses"] = _responses(path, method, has_body=body is not None, has_query=bool(queries))
 
 
 def _body(path: str, model: type[BaseModel] | None, schemas: dict[str, Any]) -> dict[str, Any] | None:
@@ -154,8 +156,9 @@ def _body(path: str, model: type[BaseModel] | None, schemas: dict[str, Any]) -> 
     return None
 
 
-def _responses(path: str, method: str, *, has_input: bool) -> dict[str, Any]:
-    statuses = {"200"}
+def _responses(path: str, method: str, *, has_body: bool, has_query: bool) -> dict[str, Any]:
+    statuses = {"200", "408", "415"} if has_body else {"200"}
+    has_input = has_body or has_query
     if path == "/health" or path == "/ping":
         statuses.add("503")
     elif path not in _BARE:

@@ -44,8 +44,15 @@ class Serving:
     fields: FieldLog = field(default_factory=FieldLog)
     _checker: GrammarChecker | None = None
     clock: Callable[[], float] = time.time
-    draw_seed: Any = field(default_factory=lambda: _SeedSource().draw)
     _dialect: Dialect | None = None
+
+    def __post_init__(self) -> None:
+        seed = self.config.random_seed
+        self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
+
+    def draw_seed(self) -> int:
+        """64 bits for a request that brings no seed."""
+        return self._seeds.getrandbits(64)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -121,13 +128,3 @@ def model_not_found(name: str, served: tuple[str, ...]) -> APIError:
         "see --served-model-name and --allow-any-model."
     )
     return not_found(message, "model", "model_not_found")
-
-
-class _SeedSource:
-    """Seeds for requests that bring none: 64 random bits each, from one generator seeded by the operating system."""
-
-    def __init__(self) -> None:
-        self.random = random.SystemRandom()
-
-    def draw(self) -> int:
-        return self.random.getrandbits(64)
