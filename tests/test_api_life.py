@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -170,3 +171,27 @@ def test_metrics_count_requests_tokens_and_times():
         assert 'jaxserve:compilations_total{model_name="test-model",phase="serving"} 0.0' in text
         for name in ("num_running_reqs", "num_queue_reqs", "token_usage", "kv_cache_usage_perc", "cache_hit_rate"):
             assert f"jaxserve:{name}{label}" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "prompt_logprobs": 1}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_tokens": 60, "ignore_eos": True},
+        ),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 60, "ignore_eos": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 60, "ignore_eos": True}),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 60, "ignore_eos": True}}),
+    ],
+)
+def test_what_is_open_when_the_server_begins_to_stop_is_answered_in_full(path, fields):
+    with ApiServer(script=slowly) as server, ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(server.post, path, {"model": MODEL, **fields})
+        wait_until(lambda: server.engine.num_running == 1)
+        server.serving.stopping = True
+        assert server.post(path, {"model": MODEL, **fields}).status_code == 503
+        reply = asked.result(10)
+        assert reply.status_code == 200, reply.text
+        assert ("prompt_logprobs" in fields) == ('"prompt_logprobs"' in reply.text)

@@ -330,8 +330,17 @@ def test_effort_none_turns_thinking_off_in_the_template(thinker):
     assert prompt_of(thinker).endswith("<think>\n\n</think>\n\n")
     thinker.chat(reasoning_effort="high")
     assert prompt_of(thinker).endswith("assistant\n")
-    thinker.chat(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False})
-    assert prompt_of(thinker).endswith("</think>\n\n")
+    for off in (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"enable_thinking": False},
+        {"thinking": {"type": "disabled"}},
+        {"enable_thinking": False, "thinking": {"type": "enabled"}},
+    ):
+        thinker.chat(reasoning_effort="high", **off)
+        assert prompt_of(thinker).endswith("</think>\n\n"), off
+        assert thinker.chat(reasoning_effort="none", thinking={"type": "enabled"}).status_code == 200
+        assert prompt_of(thinker).endswith("assistant\n")
+    assert error_of(thinker.chat(thinking={"type": "maybe"}), 400)["param"] == "thinking.type"
 
 
 def test_a_prompt_that_opens_the_thinking_is_heeded(thinker):

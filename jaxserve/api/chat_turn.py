@@ -144,15 +144,17 @@ def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str
 
 
 def _template_variables(serving: Serving, request: ChatRequest) -> dict[str, Any]:
-    """chat_template_kwargs, and reasoning_effort in the words that the template knows."""
-    given = request.chat_template_kwargs or {}
-    effort = request.reasoning_effort
-    if effort is None:
-        return given
-    known = serving.dialect().variables
+    """chat_template_kwargs, and what the request says of thinking in the words that the template knows."""
+    given, known = request.chat_template_kwargs or {}, serving.dialect().variables
+    values: dict[str, Any] = {}
+    effort, thinks = request.reasoning_effort, request.thinks
+    if effort is not None:
+        values |= {"reasoning_effort": effort, "enable_thinking": effort != "none", "thinking": effort != "none"}
+    if thinks is not None:
+        values |= {"enable_thinking": thinks, "thinking": thinks}
     if not known:
-        serving.fields.note("reasoning_effort")
-    values = {"reasoning_effort": effort, "enable_thinking": effort != "none", "thinking": effort != "none"}
+        for name in {"reasoning_effort", "enable_thinking", "thinking"} & request.model_fields_set:
+            serving.fields.note(name)
     return {name: value for name, value in values.items() if name in known} | given
 
 

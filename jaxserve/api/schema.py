@@ -102,6 +102,12 @@ class GenerationRequest(BaseModel):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
+class ThinkingOption(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["enabled", "disabled", "auto"]
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -116,9 +122,18 @@ class ChatRequest(GenerationRequest):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None  # Qwen's own API
+    thinking: ThinkingOption | None = None  # DeepSeek's and GLM's
     separate_reasoning: bool | None = None  # SGLang: false leaves <think> ... </think> in the text
     stream_reasoning: bool | None = None  # SGLang: false sends the thinking in one piece
     include_reasoning: bool | None = None  # vLLM: false leaves the thinking out
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model shall think first; None: as its template has it."""
+        if self.enable_thinking is not None or self.thinking is None:
+            return self.enable_thinking
+        return {"enabled": True, "disabled": False}.get(self.thinking.type)
 
 
 class CompletionRequest(GenerationRequest):
@@ -162,6 +177,7 @@ REFUSED: dict[str, Refused] = {
     "use_beam_search": Refused("beam search is not supported; use n and temperature", (False,)),
     "length_penalty": Refused("beam search is not supported", (1,)),
     "best_of_sequences": Refused("beam search is not supported"),
+    "early_stopping": Refused("beam search is not supported", (False,)),
     "stop_regex": Refused("stop takes strings, not patterns", ("", [])),
     "bad_words": Refused("use logit_bias with the ids of their tokens", ([],)),
     "allowed_token_ids": Refused("use logit_bias with the ids of their tokens"),
@@ -174,6 +190,14 @@ REFUSED: dict[str, Refused] = {
     "chat_template": Refused("a template per request is not supported; start the server with --chat-template"),
     "documents": Refused("documents are not supported; put their text into a message", ([],)),
     "prompt_embeds": Refused("only text and token ids are accepted"),
+    "input_embeds": Refused("only text and token ids are accepted"),
+    "input_ids": Refused("/generate takes them, and /v1/completions as its prompt"),
+    "kv_transfer_params": Refused("prompts are computed where they are answered"),
+    "vllm_xargs": Refused("there are no extensions to pass them to", ({},)),
+    "repetition_detection": Refused("use frequency_penalty or repetition_penalty"),
+    "guided_whitespace_pattern": Refused("whitespace of JSON is always at most one space"),
+    "format": Refused("the form of the answer is called response_format on this route", ("",)),
+    "options": Refused("its fields are fields of the request on this route", ({},)),
     "thinking_token_budget": Refused("a token budget for thinking is not supported; use max_tokens"),
     "detokenize": Refused("replies are always text", (True,)),
     "cache_salt": _CACHE,
