@@ -39,7 +39,6 @@ NO_EFFECT: dict[str, tuple[bool, str]] = {
     "--enable-auto-tool-choice": (False, "tools are always on offer; --tool-call-parser says how they are called"),
     "--tokenizer-mode": (True, "the fast tokenizer is always used"),
     "--tokenizer-worker-num": (True, "long texts are tokenised in threads"),
-    "--enable-auto-tool-choice": (False, "a request with tools always lets the model choose"),
     "--enable-reasoning": (False, "--reasoning-parser alone decides"),
     "--guided-decoding-backend": (True, "there is one backend"),
     "--log-requests-level": (True, "the text of requests is never logged"),
