@@ -32,15 +32,18 @@ from jaxserve.types import (
     PromptLogprobs,
     Ready,
     Request,
+    Snapshot,
     StartProfile,
     StepEvents,
     Stop,
     StopProfile,
+    TakeSnapshot,
     ToEngine,
     TokenLogprobs,
 )
 
 logger = logging.getLogger(__name__)
+SNAPSHOT_AGE = 0.2  # seconds for which one snapshot serves everybody who watches
 
 
 class EngineUnavailable(Exception):
@@ -181,6 +184,7 @@ class EngineClient:
         self._last_id = 0
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._profiling: deque[asyncio.Future[ProfileReport]] = deque()  # answered in order
+        self._snapshot: asyncio.Future[tuple[Snapshot, float]] | None = None  # and when it came
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._settled = asyncio.Event()  # ready or failed
@@ -269,6 +273,17 @@ class EngineClient:
         self._outbox.put(command)
         return await waiting
 
+    async def snapshot(self) -> Snapshot:
+        """The engine as of now, or of up to SNAPSHOT_AGE ago. Raises EngineUnavailable."""
+        self.check_capacity(0)
+        known = self._snapshot
+        if known is None or (
+            known.done() and (known.exception() or known.result()[1] + SNAPSHOT_AGE < time.monotonic())
+        ):
+            known = self._snapshot = asyncio.get_running_loop().create_future()
+            self._outbox.put(TakeSnapshot())
+        return (await asyncio.shield(known))[0]
+
     async def close(self, timeout: float = 5.0) -> None:
         """Send Stop, wait up to timeout seconds for the engine to hang up, close the pipe.
 
@@ -312,8 +327,8 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._end(EngineUnavailable(self._why_unavailable()))
-        for waiting in self._profiling:
-            if not waiting.done():
+        for waiting in (*self._profiling, self._snapshot):
+            if waiting is not None and not waiting.done():
                 waiting.set_exception(EngineUnavailable(self._why_unavailable()))
 
     # In the event loop
@@ -333,6 +348,9 @@ class EngineClient:
             case ProfileReport():
                 if self._profiling and not (waiting := self._profiling.popleft()).done():
                     waiting.set_result(message)
+            case Snapshot():
+                if self._snapshot is not None and not self._snapshot.done():
+                    self._snapshot.set_result((message, time.monotonic()))
             case Ready():
                 self.ready = message
                 self._settled.set()

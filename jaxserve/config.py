@@ -244,6 +244,7 @@ class ServerConfig:
     port: int = DEFAULT_PORT
     api_key: str | None = None  # None: every bearer token is accepted
     admin_api_key: str | None = None  # of the routes that change the server; None: api_key is theirs too
+    disable_ui: bool = False  # no page at /
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server from a browser; "*": all
     ssl_certfile: str | None = None  # PEM; None: plain HTTP
     ssl_keyfile: str | None = None  # None: the key is in ssl_certfile

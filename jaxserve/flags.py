@@ -102,6 +102,7 @@ FLAGS: tuple[Flag, ...] = (
         "server.admin_api_key",
         "key of the routes that change the server, as /flush_cache or /start_profile (default: --api-key)",
     ),
+    Flag(("--disable-ui",), "server.disable_ui", "serve no page at /; the API alone", bool),
     Flag(
         ("--allowed-origins", "--cors-allow-origins"),
         "server.allowed_origins",

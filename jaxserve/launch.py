@@ -139,11 +139,12 @@ def configure_logging(config: ServerConfig) -> None:
 
 
 class ProbeFilter(logging.Filter):
-    """Access lines of /health are of level DEBUG: probes ask every second or so, for ever."""
+    """Access lines of /health and of the page's own files are of level DEBUG: probes ask every second or so, for
+    ever."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-        if str(path).partition("?")[0] != "/health":
+        if str(path).partition("?")[0] != "/health" and not str(path).startswith("/ui/"):
             return True
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"
         return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)

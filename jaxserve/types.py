@@ -1,13 +1,14 @@
 """The words that cross a wall: what the front end and the engine say to each other. Standard library only."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKENS = 32
 
 FinishReason = Literal["stop", "length", "abort"]
+RequestState = Literal["waiting", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,11 @@ class StopProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Answered by a Snapshot, between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End now; requests that are still running are dropped."""
 
@@ -202,6 +208,67 @@ class ProfileReport:
     conflict: bool = False
 
 
+class RequestView(NamedTuple):
+    """One request as the scheduler sees it; counts of tokens and pages, never what they hold."""
+
+    id: int
+    state: RequestState
+    priority: int
+    slot: int  # -1: waiting
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    computed_tokens: int  # positions whose keys and values are written
+    output_tokens: int
+    max_output_tokens: int
+    num_pages: int
+
+
+class StepView(NamedTuple):
+    """One step that was read. Its bucket is (decode_rows, prefill_tokens, prefill_rows)."""
+
+    number: int
+    launched: float
+    read: float
+    decode_rows: int
+    prefill_tokens: int
+    prefill_rows: int
+    used_decode: int  # tokens that are not padding
+    used_prefill: int
+
+
+class BucketView(NamedTuple):
+    """Use of one compiled shape since ready; its padding is steps * (decode_rows + prefill_tokens) - tokens."""
+
+    decode_rows: int
+    prefill_tokens: int
+    prefill_rows: int
+    steps: int
+    tokens: int
+
+
+class Lifeline(NamedTuple):
+    """What became of one request: the states it entered and when, and how it ended."""
+
+    id: int
+    priority: int
+    marks: tuple[tuple[RequestState, float], ...]
+    ended: float | None
+    reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine between two steps. Times are seconds of one clock, `now` among them."""
+
+    now: float
+    stats: EngineStats
+    requests: tuple[RequestView, ...]  # all that run, and the first of those that wait
+    page_states: bytes  # uint16, little-endian, of each page but the scratch page: see scheduling.snapshot
+    steps: tuple[StepView, ...]  # the latest, oldest first
+    buckets: tuple[BucketView, ...]
+    lifelines: tuple[Lifeline, ...]  # of the latest that ended, then of those above
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
     """The engine ends after this message. exit_code: 2 for what the user can mend (flags, files), 1 for a bug."""
@@ -210,5 +277,5 @@ class EngineFailed:
     exit_code: int = 1
 
 
-ToEngine = AddRequests | AbortRequests | FlushCache | StartProfile | StopProfile | Stop
-FromEngine = StepEvents | PromptLogprobs | Embedded | Progress | Ready | ProfileReport | EngineFailed
+ToEngine = AddRequests | AbortRequests | FlushCache | StartProfile | StopProfile | TakeSnapshot | Stop
+FromEngine = StepEvents | PromptLogprobs | Embedded | Progress | Ready | ProfileReport | Snapshot | EngineFailed

@@ -18,20 +18,26 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from jaxserve.types import (
     AbortRequests,
     AddRequests,
+    BucketView,
     Embedded,
     EngineFailed,
     EngineStats,
     FinishReason,
     FlushCache,
+    Lifeline,
     ProfileReport,
     Progress,
     PromptLogprobs,
     Ready,
     Request,
+    RequestView,
+    Snapshot,
     StartProfile,
     StepEvents,
+    StepView,
     Stop,
     StopProfile,
+    TakeSnapshot,
     TokenLogprobs,
 )
 
@@ -66,7 +72,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.batches: list[tuple[int, ...]] = []  # ids of each AddRequests
         self.aborted: list[int] = []
-        self.num_flushes = 0
+        self.num_flushes = self.num_snapshots = 0
         self.profile: str | None = None  # folder of the one that is being taken
         self.stopped = False
         self._script = script
@@ -165,6 +171,9 @@ class ScriptedEngine:
                 case StopProfile():
                     self.send(ProfileReport(self.profile, None, conflict=self.profile is None))
                     self.profile = None
+                case TakeSnapshot():
+                    self.num_snapshots += 1
+                    self.send(self._snapshot())
                 case Stop():
                     self.stopped = True
 
@@ -210,8 +219,23 @@ class ScriptedEngine:
         return None if told is None else replace(told, logprob=self._logprob(request, index))
 
     def _events(self, rows: list[tuple]) -> StepEvents:
-        stats = EngineStats(len(self._running), 0, 100, len(self._running), 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        return StepEvents(*(tuple(column) for column in zip(*rows, strict=True)), stats=stats)
+        return StepEvents(*(tuple(column) for column in zip(*rows, strict=True)), stats=self._stats())
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(len(self._running), 0, 100, len(self._running), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    def _snapshot(self) -> Snapshot:
+        """A page for each running request, which the slot of its number among them holds."""
+        now, running = time.monotonic(), list(self._running.values())
+        states = array("H", [3 + slot for slot in range(len(running))] + [0] * (100 - len(running)))
+        views, lines = [], []
+        for slot, (request, done) in enumerate(running):
+            sizes = (len(request.token_ids), 0, len(request.token_ids) + done, done, request.params.max_tokens, 1)
+            views.append(RequestView(request.id, "decode", request.priority, slot, *sizes))
+            lines.append(Lifeline(request.id, request.priority, (("waiting", now - 1), ("decode", now)), None, None))
+        steps = tuple(StepView(n, now - 1 + n / 10, now - 0.95 + n / 10, 2, 0, 0, 1, 0) for n in range(10))
+        buckets = (BucketView(2, 0, 0, 10, 10),)
+        return Snapshot(now, self._stats(), tuple(views), states.tobytes(), steps, buckets, tuple(lines))
 
 
 def vector_of(token_ids: Sequence[int], size: int) -> list[float]:

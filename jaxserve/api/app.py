@@ -17,11 +17,13 @@ from jaxserve.api import (
     chat,
     completions,
     embeddings,
+    engine,
     errors,
     files,
     generate,
     native,
     openapi,
+    page,
     responses,
 )
 from jaxserve.api.anthropic_request import CountRequest, MessagesRequest
@@ -80,6 +82,7 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
     (("/stop_profile",), ("GET", "POST"), admin.stop_profile, None),
     (("/get_load",), ("GET",), admin.get_load, None),
     (("/v1/loads",), ("GET",), admin.loads, None),
+    (("/v1/engine",), ("GET",), engine.get_engine, None),
 )
 
 
@@ -114,6 +117,8 @@ def create_app(
             for method in methods:
                 _add_route(app, serving, path, method, endpoint)
     _add_docs(app)
+    if not config.disable_ui:
+        page.add_page(app)
     errors.install(app)
     app.add_middleware(Door, config=config)
     if config.allowed_origins:  # outside the door: a browser asks for permission without the key

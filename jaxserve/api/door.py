@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxserve.api import running
 from jaxserve.api.errors import ANTHROPIC_PATH, APIError
 from jaxserve.api.http import MEBIBYTE
+from jaxserve.api.page import is_page
 from jaxserve.config import ServerConfig
 
 OPEN_PATHS = frozenset({"/health", "/metrics", "/ping"})  # without a key: load balancers and scrapers have none
@@ -34,6 +35,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self.app, self.max_body_size = app, config.max_body_size
+        self.shows_page = not config.disable_ui
         self.key = _bytes(config.api_key)
         self.admin_key = _bytes(config.admin_api_key)
 
@@ -62,10 +64,13 @@ class Door:
         refusal = self._refusal(path, headers)
         await (self.app if refusal is None else refusal.response(path))(scope, receive, send_with_id)
 
+    def _is_open(self, path: str) -> bool:
+        return path in OPEN_PATHS or (self.shows_page and is_page(path))
+
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
         admin = path in ADMIN_PATHS and self.admin_key is not None
         key = self.admin_key if admin else self.key
-        if key is not None and path not in OPEN_PATHS and not _holds(headers, key):
+        if key is not None and not self._is_open(path) and not _holds(headers, key):
             name = "admin API key (--admin-api-key)" if admin else "API key"
             message = f"Incorrect or missing {name}. Send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
             return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -27,6 +27,10 @@ from jaxserve.version import __version__
 PROBE_TIMEOUT = 20.0  # seconds that /health_generate waits for one token
 
 
+SAMPLING_PARAMS = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 
 
@@ -92,7 +96,7 @@ async def get_model(serving: Serving, http: Request) -> Response:
 
 
 async def get_model_info(serving: Serving, http: Request) -> Response:
-    """Path, names and context length of the model."""
+    """Path, names, context length, and the sampling parameters of a request that names none."""
     _, ready = serving.require_ready()
     config = serving.config
     return json_response(
@@ -102,8 +106,17 @@ async def get_model_info(serving: Serving, http: Request) -> Response:
             "is_generation": serving.generates,
             "served_model_names": config.served_model_names,
             "max_model_len": ready.max_model_len,
+            "default_sampling_params": _sampling_defaults(serving),
         }
     )
+
+
+def _sampling_defaults(serving: Serving) -> dict[str, Any] | None:
+    """None where no text is generated."""
+    if not serving.generates:
+        return None
+    chosen = asdict(resolve(serving, SamplingRequest(), num_prompt=1, num_choices=1)[0])
+    return {name: chosen[name] for name in SAMPLING_PARAMS}
 
 
 async def get_server_info(serving: Serving, http: Request) -> Response:

@@ -24,7 +24,10 @@ _WHEN = {
     "503": "Starting, stopping, overloaded, or the engine has ended. Retry-After says when to try again.",
     "507": "The disk is full.",
 }
-_STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/generate")
+_STREAMS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/generate"),
+    "/v1/engine",
+)
 _TEXT = {
     "/metrics": "text/plain",
     "/flush_cache": "text/plain",
@@ -50,6 +53,10 @@ _QUERIES: dict[str, dict[str, Any]] = {
         "purpose": {"type": "string"},
     },
     "/v1/batches": {"after": {"type": "string"}, "limit": _LIMIT | {"maximum": 100}},
+    "/v1/engine": {
+        "stream": {"enum": ["true", "false"]},
+        "interval_ms": {"type": "integer", "minimum": 100, "maximum": 10000},
+    },
     "/v1/responses/{response_id}/input_items": {
         "after": {"type": "string"},
         "limit": _LIMIT | {"maximum": 100},

@@ -4,9 +4,10 @@ import functools
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import jax
@@ -17,12 +18,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.config import ConfigError, EncoderConfig, EngineConfig
 from jaxserve.engine.build import Report, compile_progress, devices_of, program_folder
 from jaxserve.engine.compile import CompileCounter, compile_all, described, open_store, precision
+from jaxserve.engine.history import History
 from jaxserve.engine.loop import received
 from jaxserve.engine.weights import load_params
 from jaxserve.model.bert import EncoderShape, describe, encode
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, Params, make_mesh
 from jaxserve.scheduling.encoder import EncoderBatch, EncoderBucket, EncoderQueue, encoder_buckets
+from jaxserve.scheduling.snapshot import MAX_WAITING
 from jaxserve.types import (
     AbortRequests,
     AddRequests,
@@ -32,8 +35,11 @@ from jaxserve.types import (
     FlushCache,
     FromEngine,
     Request,
+    RequestState,
+    RequestView,
     StepEvents,
     Stop,
+    TakeSnapshot,
     ToEngine,
 )
 
@@ -187,6 +193,7 @@ class EncoderLoop:
         self._compilations, self._overlap, self._clock = compilations, overlap, clock
         self._running: dict[int, Request] = {}
         self._prompt_tokens = self._steps = self._padding = self._tokens = 0
+        self._history = History()
         self.busy_since: float | None = None  # read by the watchdog's thread
 
     def run(self) -> None:
@@ -212,11 +219,15 @@ class EncoderLoop:
                 case AddRequests(requests):
                     for request in requests:
                         self._queue.add(request)
+                        self._history.arrived(request.id, request.priority, self._clock())
                 case AbortRequests(request_ids):
                     running = [id_ for id_ in request_ids if self._running.pop(id_, None)]
                     self._end([*running, *self._queue.remove(request_ids)], "abort")
                 case FlushCache():
                     logger.debug("an encoder keeps no prefixes: nothing to flush")
+                case TakeSnapshot():
+                    views = (*_views(self._running.values(), "prefill"), *_views(self._queue, "waiting"))
+                    self._send(self._history.snapshot(views, b"", self._stats(), self._clock()))
                 case Stop():
                     return False
         return True
@@ -227,7 +238,10 @@ class EncoderLoop:
         self._steps += 1
         self._prompt_tokens += num_tokens
         self._tokens += num_tokens
-        self._padding += batch.bucket.num_rows * batch.bucket.num_tokens - num_tokens
+        num_rows, padded = batch.bucket.num_rows, batch.bucket.num_rows * batch.bucket.num_tokens
+        self._padding += padded - num_tokens
+        self._history.entered("prefill", (request.id for request in batch.requests), self._clock())
+        self._history.launched((0, padded, num_rows), 0, num_tokens, self._clock())
         logger.info(
             "Embedding batch. #seq: %d, #token: %d, shape: %d x %d, #queue-req: %d, #cache_miss: %d",
             len(batch.requests), num_tokens, batch.bucket.num_rows, batch.bucket.num_tokens, len(self._queue),
@@ -237,6 +251,7 @@ class EncoderLoop:
 
     def _answer(self, batch: EncoderBatch, flight: Vectors) -> None:
         vectors = flight.result()
+        self._history.read(self._clock())
         done = []
         for row, request in enumerate(batch.requests):
             if self._running.pop(request.id, None) is not None:  # else it was aborted meanwhile
@@ -247,9 +262,9 @@ class EncoderLoop:
     def _end(self, request_ids: list[int], reason: FinishReason) -> None:
         count = len(request_ids)
         nothing = (None,) * count
-        self._send(
-            StepEvents(tuple(request_ids), nothing, (reason,) * count, (0,) * count, nothing, stats=self._stats())
-        )
+        events = StepEvents(tuple(request_ids), nothing, (reason,) * count, (0,) * count, nothing, stats=self._stats())
+        self._history.told(events, self._clock())
+        self._send(events)
 
     def _stats(self) -> EngineStats:
         return EngineStats(
@@ -267,3 +282,10 @@ class EncoderLoop:
             step_tokens_total=self._tokens,
             compilations_total=self._compilations(),
         )
+
+
+def _views(requests: Iterable[Request], state: RequestState) -> tuple[RequestView, ...]:
+    """Texts have neither slots nor pages."""
+    return tuple(
+        RequestView(r.id, state, r.priority, -1, len(r.token_ids), 0, 0, 0, 0, 0) for r in islice(requests, MAX_WAITING)
+    )

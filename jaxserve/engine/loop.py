@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 
 from jaxserve.engine.grammars import Grammars, Prepared
+from jaxserve.engine.history import History
 from jaxserve.scheduling.plan import StepPlan, StepResult
 from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
-from jaxserve.types import AbortRequests, AddRequests, FlushCache, FromEngine, Request, StepEvents, Stop, ToEngine
+from jaxserve.types import (
+    AbortRequests,
+    AddRequests,
+    FlushCache,
+    FromEngine,
+    Request,
+    StepEvents,
+    Stop,
+    TakeSnapshot,
+    ToEngine,
+)
 
 if TYPE_CHECKING:
     from jaxserve.scheduling.grammar import Matcher
@@ -76,6 +87,7 @@ class EngineLoop:
         self._overlap = overlap
         self._clock = clock
         self._log = StepLog(scheduler, decode_log_interval, clock, compilations)
+        self._history = History()
         self.busy_since: float | None = None  # read by the watchdog's thread
 
     def run(self) -> None:
@@ -92,15 +104,18 @@ class EngineLoop:
             if plan is not None:
                 launched = (plan, self._runner.launch(plan))
                 self._log.planned(plan)
+                self._history.planned(plan, self._clock())
             if flight is not None:
                 events.append(self._commit(*flight))
             flight = launched
             if launched is not None and launched[0].is_constrained:
                 masks, ended = self._scheduler.constrain(launched[0], self._compilations())
                 launched[1].sample(masks)
-                events += [ended] if ended.request_ids else []
+                if ended.request_ids:
+                    self._history.told(ended, self._clock())
+                    events.append(ended)
             for each in events:
-                self._emit(each)
+                self._send(each)
             self.busy_since = None
 
     def _receive(self, *, wait: bool) -> bool:
@@ -117,11 +132,15 @@ class EngineLoop:
                     self._emit(self._scheduler.abort(request_ids, self._compilations(), waiting))
                 case FlushCache():
                     self._scheduler.flush_cache()
+                case TakeSnapshot():
+                    stats = self._scheduler.stats(self._compilations())
+                    self._send(self._history.snapshot(*self._scheduler.snapshot(), stats, self._clock()))
                 case Stop():
                     return False
         return True
 
     def _add(self, request: Request) -> None:
+        self._history.arrived(request.id, request.priority, self._clock())
         if request.grammar is None:
             self._scheduler.add(request, self._clock())
             return
@@ -145,9 +164,12 @@ class EngineLoop:
             self._send(message)
         events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
+        self._history.committed(plan, events, self._clock())
         return events
 
     def _emit(self, events: StepEvents) -> None:
+        """Ends that belong to no step."""
+        self._history.told(events, self._clock())
         self._send(events)
 
 

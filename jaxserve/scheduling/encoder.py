@@ -1,6 +1,6 @@
 """Which texts an encoder takes together: rows of one padded array. Plain Python, no JAX, no clock."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -57,6 +57,12 @@ class EncoderQueue:
 
     def __len__(self) -> int:
         return len(self._line_of)
+
+    def __iter__(self) -> Iterator[Request]:
+        """By priority, then by length."""
+        for key in sorted(self._lines):
+            for _, request in self._lines[key].values():
+                yield request
 
     def add(self, request: Request) -> None:
         """A text of 1 to max_len tokens."""

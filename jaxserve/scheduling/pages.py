@@ -7,6 +7,8 @@ A page is in exactly one state:   free     no sequence holds it, its content mea
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 
 class PagePool:
     """Reference counts of num_pages pages (page 0 included in the count, never given out)."""
@@ -37,6 +39,10 @@ class PagePool:
 
     def is_in_tree(self, page: int) -> bool:
         return bool(self._in_tree[page])
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """-> the sequences that hold each page [num_pages + 1], and whether it is in the prefix tree (0 or 1)."""
+        return np.array(self._refs, np.int32), np.array(self._in_tree, np.uint8)
 
     def take(self, count: int) -> list[int]:
         """count free pages, each held once; the caller has made sure that there are as many."""

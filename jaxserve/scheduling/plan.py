@@ -134,10 +134,11 @@ class StepPlan:
     sequences: tuple[tuple[int, Any], ...]  # (row, scheduling.sequence.Sequence) for every used row
     num_tokens: int  # tokens that are not padding
     readings: Readings | None = None
-    num_decode_rows: int = 0  # host only, as is all below: for the log lines
+    num_decode_rows: int = 0  # host only, as is all below: for the log lines and those who watch
     num_new_sequences: int = 0  # admitted in this step, those that return after a preemption included
     num_new_tokens: int = 0  # prefill tokens of this step
     num_cached_tokens: int = 0  # tokens the sequences admitted in this step found in the prefix tree
+    preempted: tuple[int, ...] = ()  # ids of requests that lost their pages for it
 
     @property
     def is_constrained(self) -> bool:

@@ -28,19 +28,16 @@ from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, StepPlan, Ste
 from jaxserve.scheduling.radix import RadixTree
 from jaxserve.scheduling.readings import plan_readings
 from jaxserve.scheduling.rows import RowTable
-from jaxserve.scheduling.sequence import Sequence
+from jaxserve.scheduling.sequence import Sequence, order
+from jaxserve.scheduling.snapshot import page_states, request_views
 from jaxserve.scheduling.turns import Turns
 from jaxserve.scheduling.waiting import WaitingQueue, longest_match_order
-from jaxserve.types import EngineStats, FinishReason, Request, StepEvents
+from jaxserve.types import EngineStats, FinishReason, Request, RequestView, StepEvents
 
 if TYPE_CHECKING:
     from jaxserve.scheduling.grammar import Matcher
 
 __all__ = ["Scheduler", "SchedulerConfig", "buckets"]
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
 
 
 class Scheduler:
@@ -276,7 +273,7 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += sequence.num_cached
-        insort(self._prefilling, sequence, key=_order)
+        insort(self._prefilling, sequence, key=order)
         self._num_batch_running += sequence.order[0] > 0
         self._rows.assign(sequence, sequence.num_computed // self.config.page_size)
         picked.admitted.append(sequence)
@@ -323,7 +320,7 @@ class Scheduler:
     def _youngest(self) -> Sequence | None:
         """The running sequence to preempt: the last arrived of the lowest priority."""
         last = [part[-1] for part in (self._decoding, self._prefilling) if part]
-        return max(last, key=_order, default=None)
+        return max(last, key=order, default=None)
 
     def _preempt(self, sequence: Sequence, picked: Picked) -> None:
         self._release(sequence)
@@ -356,7 +353,7 @@ class Scheduler:
             self._enter_tree(sequence, sequence.num_computed // self.config.page_size, passing=False)
             if not sequence.is_prefilling:
                 self._prefilling.remove(sequence)
-                insort(self._decoding, sequence, key=_order)
+                insort(self._decoding, sequence, key=order)
         self._steps += 1
         self._step_tokens += plan.num_tokens
         self._padding_tokens += plan.bucket.num_tokens - plan.num_tokens
@@ -364,6 +361,7 @@ class Scheduler:
             plan,
             admissions=picked.admissions(),
             readings=plan_readings(plan),
+            preempted=tuple(s.request.id for s in picked.preempted),
             num_new_sequences=len(picked.admitted),
             num_cached_tokens=num_cached,
         )
@@ -468,11 +466,17 @@ class Scheduler:
             compilations_total=compilations,
         )
 
+    def snapshot(self) -> tuple[tuple[RequestView, ...], bytes]:
+        """-> requests and the state of each page, for people who watch (scheduling.snapshot)."""
+        running = self._decoding + self._prefilling
+        views = request_views(self._decoding, self._prefilling, self._waiting)
+        return views, page_states(self._pool, running)
+
     def check_invariants(self) -> None:
         """For tests, after any verb: AssertionError unless pages, slots, queues and the tree account for everything."""
         running = self._decoding + self._prefilling
-        assert sorted(self._decoding, key=_order) == self._decoding
-        assert sorted(self._prefilling, key=_order) == self._prefilling
+        assert sorted(self._decoding, key=order) == self._decoding
+        assert sorted(self._prefilling, key=order) == self._prefilling
         waiting = list(self._waiting)
         assert len(waiting) == len(self._waiting)
         assert {s.request.id for s in running + waiting} == set(self._known)

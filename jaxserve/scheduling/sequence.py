@@ -92,6 +92,11 @@ class Sequence:
         return most
 
 
+def order(sequence: Sequence) -> tuple[int, int]:
+    """For sorting: smaller is served first."""
+    return sequence.order
+
+
 NUM_SAMPLING_WORDS = len(plan.PlanArrays._fields) - plan.PlanArrays._fields.index("flags")
 
 

@@ -5,11 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from jaxserve.scheduling.sequence import Sequence
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+from jaxserve.scheduling.sequence import Sequence, order
 
 
 class _Lane:
@@ -43,7 +39,7 @@ class WaitingQueue:
         """Enter behind all of the same kind; a sequence that ran before enters among the returning, by arrival."""
         lane = self._lanes.setdefault(sequence.order[0], _Lane())
         if sequence.was_admitted:
-            insort(lane.returning, sequence, key=_order)
+            insort(lane.returning, sequence, key=order)
         else:
             lane.new[sequence.order[1]] = sequence
         self._num_sequences += 1

@@ -1,0 +1,70 @@
+// What the parts of the page share, and how they tell each other that it changed.
+
+import * as store from "./store.js";
+import { debounce } from "./dom.js";
+import { newConversation } from "./tree.js";
+
+export const state = {
+  conversations: new Map(), // id -> conversation
+  current: null, // the conversation that is shown
+  settings: { theme: "auto", defaults: {}, raw: false, ...store.readSettings() },
+  models: [],
+  info: null, // /get_model_info, once the server is ready
+  ready: false,
+};
+
+const bus = new EventTarget();
+export const on = (name, run) => bus.addEventListener(name, (event) => run(event.detail));
+export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
+
+export const model = () => {
+  const names = state.models.map((each) => each.id);
+  return names.includes(state.settings.model) ? state.settings.model : (names[0] ?? "");
+};
+export const contextLength = () => state.models.find((each) => each.id === model())?.max_model_len ?? 0;
+
+export function saveSettings() {
+  store.writeSettings(state.settings);
+}
+
+const writers = new Map(); // conversation id -> the write that waits
+
+/** Keeps a conversation, soon; an empty one is not worth it. */
+export function save(conversation) {
+  if (!Object.keys(conversation.nodes).length) return;
+  if (!writers.has(conversation.id)) writers.set(conversation.id, debounce(300, write));
+  writers.get(conversation.id)(conversation);
+}
+
+/** Keeps it now: a page that is left has no later. */
+export async function write(conversation) {
+  if (!state.conversations.has(conversation.id)) return;
+  try {
+    await store.put(conversation);
+  } catch (error) {
+    emit("notice", { text: `This conversation could not be saved: ${error.message}` });
+  }
+}
+
+export function open(conversation) {
+  state.current = conversation;
+  emit("opened", conversation);
+  emit("list");
+}
+
+export function openNew() {
+  const made = newConversation(state.settings.defaults);
+  state.conversations.set(made.id, made);
+  for (const old of state.conversations.values()) {
+    if (old !== made && !Object.keys(old.nodes).length) state.conversations.delete(old.id);
+  }
+  open(made);
+  return made;
+}
+
+export async function remove(conversation) {
+  state.conversations.delete(conversation.id);
+  await store.remove(conversation.id);
+  if (state.current === conversation) openNew();
+  emit("list");
+}
