@@ -1,10 +1,10 @@
 # make serve [ARGS="--port 8000"]   sets up .venv where needed and serves the default model
-# make test | test-all | smoke | check | lock | wheel | clean | distclean
+# make test | test-all | smoke | page | check | lock | wheel | clean | distclean
 # PYTHON=python3.11 uses that interpreter, in an environment of its own (.venv-3.11).
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke clients aot fuzz check docs docs-check notebooks lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke page clients aot fuzz check docs docs-check notebooks lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -27,6 +27,7 @@ help:
 	@echo 'make setup      only make the environment ($(VENV))'
 	@echo 'make test       the tests, with a tenth of the long random runs; make test-all: all of them; TESTS="tests/test_x.py"'
 	@echo 'make smoke      a few fast tests'
+	@echo 'make page       the tests of the page, in /usr/bin/chromium (CHROMIUM=...), which must be there'
 	@echo 'make aot        the steps compiled for TPUs that are not there; needs libtpu'
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
 	@echo 'make fuzz       ten minutes of random requests by schemathesis (SECONDS=60 for less)'
@@ -66,6 +67,11 @@ test-all: test
 smoke: $(STAMP)
 	$(pytest) tests/test_walls.py tests/test_flags.py tests/test_scheduler.py tests/test_pages.py tests/test_stop.py
 	@if grep -qs 'def test.*smoke' tests/test_engine.py; then $(pytest) tests/test_engine.py -k smoke; fi
+
+# 160 MB that nothing else needs, so it is no part of the locked requirements; without it make test skips these tests.
+page: $(STAMP)
+	@$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check '.[page]'
+	$(pytest) -rs tests/test_page.py tests/test_api_engine.py $(TESTS)
 
 fuzz: $(STAMP)
 	@sh tools/fuzz.sh $(VENV) $(or $(SECONDS),600)

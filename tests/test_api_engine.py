@@ -173,7 +173,8 @@ def test_the_real_engine_is_seen_at_work(live: RealServer):
     with live.http.stream(
         "POST", "/v1/completions", json={"model": live.model, "prompt": "Once", "max_tokens": 200, "stream": True}
     ) as reply:
-        next(reply.iter_bytes())
+        parts = reply.iter_bytes()
+        next(parts)
         shown = httpx2.get(live.url + "/v1/engine", trust_env=False, timeout=60).json()
     assert [request["state"] for request in shown["requests"]] == ["decode"]
     assert shown["pages"]["held"] == shown["requests"][0]["num_pages"] > 0

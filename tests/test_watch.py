@@ -177,12 +177,12 @@ def test_an_encoder_shows_its_texts_and_its_padding():
             return self
 
         def result(self):
-            return np.zeros((2, 4), np.float32)
+            return np.zeros((2, 4), np.float32)  # as many rows as any batch has
 
     def text(id_: int, length: int) -> Request:
         return Request(id_, tuple(range(length)), params(max_tokens=0), task="embed")
 
-    loop = EncoderLoop([EncoderBucket(2, 16)], Runner(), inbox, sent.put, compilations=lambda: 0)
+    loop = EncoderLoop([EncoderBucket(1, 16), EncoderBucket(2, 16)], Runner(), inbox, sent.put, compilations=lambda: 0)
     inbox.put(AddRequests((text(1, 5), text(2, 9), text(3, 16))))
 
     class Ending(queue.SimpleQueue):
@@ -200,4 +200,4 @@ def test_an_encoder_shows_its_texts_and_its_padding():
     assert [(view.id, view.state) for view in shown[0].requests] == [(1, "prefill"), (2, "prefill"), (3, "waiting")]
     last = shown[-1]
     assert last.page_states == b"" and {line.reason for line in last.lifelines} == {"stop"}
-    assert [tuple(bucket) for bucket in last.buckets] == [(0, 32, 2, 2, 30)]
+    assert [tuple(bucket) for bucket in last.buckets] == [(0, 16, 1, 1, 16), (0, 32, 2, 1, 14)]

@@ -6,7 +6,8 @@ A page's state is one uint16:   0        free
                                 3 + s    held by the sequence in slot s alone
 """
 
-from collections.abc import Iterable, Sequence as Rows
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from itertools import islice
 
 import numpy as np

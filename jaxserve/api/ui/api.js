@@ -62,10 +62,12 @@ export async function getJson(path, options) {
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let over = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
+      if (over) continue; // to the end, so that the connection can be used again
       const parts = (rest + value).split(/\r?\n\r?\n/);
       rest = parts.pop();
       for (const part of parts) {
@@ -74,8 +76,8 @@ export async function* events(response) {
           .filter((line) => line.startsWith("data:"))
           .map((line) => line.slice(5).replace(/^ /, ""))
           .join("\n");
-        if (data === "[DONE]") return;
-        if (data) yield JSON.parse(data);
+        if (data === "[DONE]") over = true;
+        else if (data) yield JSON.parse(data);
       }
     }
   } finally {

@@ -7,7 +7,7 @@ import { mountEngine, watchEngine } from "./engine.js";
 import { runningIn, settle, stop } from "./generate.js";
 import { mountSettings, settingsAreOpen, toggleSettings } from "./settings.js";
 import { focusSearch, mountSidebar } from "./sidebar.js";
-import { emit, model, on, open, openNew, saveSettings, state, write } from "./state.js";
+import { emit, flush, model, on, open, openNew, saveSettings, state } from "./state.js";
 import * as store from "./store.js";
 import { path, titleOf } from "./tree.js";
 
@@ -210,7 +210,8 @@ async function start() {
   byId("scrim").addEventListener("click", closeOverlay);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => route());
-  addEventListener("pagehide", () => [...state.conversations.values()].filter((each) => each.leaf && runningIn(each)).forEach(write));
+  addEventListener("pagehide", flush);
+  document.addEventListener("visibilitychange", () => document.hidden && flush());
   on("notice", showNotice);
   on("failed", onFailure);
   on("key", connect);

@@ -3,7 +3,7 @@
 import { h, icon, iconButton, eachFrame } from "./dom.js";
 import { generate, runningIn, stop } from "./generate.js";
 import { MessageView } from "./message.js";
-import { emit, model, on, save, state } from "./state.js";
+import { emit, model, on, state, write } from "./state.js";
 import { add, children, path, prune, select } from "./tree.js";
 
 const MAX_FILE = 512 * 1024; // bytes of a text file that is put into a message
@@ -111,7 +111,7 @@ const actions = {
     const conversation = state.current;
     const made = add(conversation, node.parent, { role: node.role, content, ...(node.role === "assistant" ? { model: node.model, finish: "stop", calls: node.calls } : {}) });
     views.delete(node.id);
-    save(conversation);
+    write(conversation);
     if (node.role === "user") answer(conversation, made.id);
     show(conversation, false);
     emit("list");
@@ -127,13 +127,13 @@ const actions = {
   remove(node) {
     stop(state.current);
     prune(state.current, node);
-    save(state.current);
+    write(state.current);
     show(state.current, false);
     emit("list");
   },
   sibling(node) {
     select(state.current, node);
-    save(state.current);
+    write(state.current);
     show(state.current, false);
     list.querySelector(`[data-id="${CSS.escape(node.id)}"]`)?.scrollIntoView({ block: "nearest" });
   },

@@ -90,14 +90,6 @@ export async function copyText(text, button) {
   }, 1200);
 }
 
-export function debounce(milliseconds, run) {
-  let timer;
-  return (...given) => {
-    clearTimeout(timer);
-    timer = setTimeout(() => run(...given), milliseconds);
-  };
-}
-
 /** Once a frame at most, with the latest arguments. */
 export function eachFrame(run) {
   let waiting = null;

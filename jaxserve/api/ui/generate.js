@@ -1,7 +1,7 @@
 // One answer: the request, the stream, and what is measured on the way.
 
 import { ApiError, call, events } from "./api.js";
-import { emit, model, save, state } from "./state.js";
+import { emit, model, save, write } from "./state.js";
 import { messages } from "./tree.js";
 
 const running = new Map(); // conversation id -> {controller, node}
@@ -65,7 +65,7 @@ export async function generate(conversation, node, goesOn = false) {
   }
   if (running.get(conversation.id) === run) running.delete(conversation.id);
   conversation.updated = Date.now();
-  save(conversation);
+  write(conversation);
   emit("changed", { conversation, node });
   emit("ended", { conversation, node });
   emit("list");
@@ -85,17 +85,23 @@ function take(node, chunk, clock) {
     node.content += delta.content;
   }
   for (const part of delta.tool_calls ?? []) takeCall(node, part);
-  for (const { token, bytes, logprob, top_logprobs } of choice?.logprobs?.content ?? []) {
-    node.tokens.push([bytes ? bytesText(token, bytes) : token, logprob, (top_logprobs ?? []).map((each) => [each.token, each.logprob])]);
-  }
+  for (const told of choice?.logprobs?.content ?? []) takeToken(node, told, clock);
   if (choice?.finish_reason) node.finish = choice.finish_reason;
   measure(node, chunk.usage, clock);
 }
 
-const bytesText = (token, bytes) => {
-  const text = new TextDecoder().decode(new Uint8Array(bytes));
-  return text.includes("\ufffd") ? token : text;
-};
+/** Tokens that hold a part of a character are shown as one: the character, with their probabilities multiplied. */
+function takeToken(node, { token, bytes, logprob, top_logprobs: top = [] }, clock) {
+  clock.part ??= { bytes: [], logprob: 0, top: null };
+  const { part } = clock;
+  part.bytes.push(...(bytes ?? new TextEncoder().encode(token)));
+  part.logprob += logprob;
+  part.top ??= top.map((each) => [each.token, each.logprob]);
+  const text = new TextDecoder().decode(new Uint8Array(part.bytes));
+  if (text.endsWith("\ufffd") && part.bytes.length < 4) return;
+  node.tokens.push([text, part.logprob, part.top]);
+  clock.part = null;
+}
 
 function takeCall(node, part) {
   node.calls ??= [];

@@ -144,7 +144,7 @@ function keyField() {
   };
   field.addEventListener("change", set);
   remember.addEventListener("change", set);
-  return h("div.row", {}, h("label", { htmlFor: "set-key" }, "API key"), field, h("label.check", {}, remember, h("span", {}, "Keep it after this tab is closed")), h("p.help", {}, "Sent to this server alone. Needed where it was started with --api-key."));
+  return h("form.row", { onsubmit: (event) => { event.preventDefault(); field.blur(); } }, h("label", { htmlFor: "set-key" }, "API key"), field, h("label.check", {}, remember, h("span", {}, "Keep it after this tab is closed")), h("p.help", {}, "Sent to this server alone. Needed where it was started with --api-key."));
 }
 
 function rawSwitch() {

@@ -1,7 +1,6 @@
 // What the parts of the page share, and how they tell each other that it changed.
 
 import * as store from "./store.js";
-import { debounce } from "./dom.js";
 import { newConversation } from "./tree.js";
 
 export const state = {
@@ -27,18 +26,25 @@ export function saveSettings() {
   store.writeSettings(state.settings);
 }
 
-const writers = new Map(); // conversation id -> the write that waits
+const waiting = new Map(); // conversation id -> the timer of its next write
+const PAUSE = 300; // milliseconds between two writes of one that is being answered
 
 /** Keeps a conversation, soon; an empty one is not worth it. */
 export function save(conversation) {
-  if (!Object.keys(conversation.nodes).length) return;
-  if (!writers.has(conversation.id)) writers.set(conversation.id, debounce(300, write));
-  writers.get(conversation.id)(conversation);
+  if (!Object.keys(conversation.nodes).length || waiting.has(conversation.id)) return;
+  waiting.set(conversation.id, setTimeout(() => write(conversation), PAUSE));
 }
 
-/** Keeps it now: a page that is left has no later. */
+/** Writes whatever waits for it: the page may be left. */
+export function flush() {
+  for (const id of [...waiting.keys()]) write(state.conversations.get(id));
+}
+
+/** Keeps it now. */
 export async function write(conversation) {
-  if (!state.conversations.has(conversation.id)) return;
+  clearTimeout(waiting.get(conversation?.id));
+  waiting.delete(conversation?.id);
+  if (!conversation || !state.conversations.has(conversation.id)) return;
   try {
     await store.put(conversation);
   } catch (error) {
