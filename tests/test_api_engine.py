@@ -27,7 +27,8 @@ def test_the_engine_shows_counts_pages_and_times_and_nothing_of_any_text():
     with ApiServer("x", script=slowly) as server:
         body = {"model": MODEL, "prompt": "a very secret prompt", "stream": True, "rid": "secret-id", **ENDLESS}
         with server.http.stream("POST", "/v1/completions", json=body) as reply:
-            next(reply.iter_bytes())
+            parts = reply.iter_bytes()
+            next(parts)
             reply_ = httpx2.get(server.url + "/v1/engine", trust_env=False)
         shown = reply_.json()
         (request,) = shown["requests"]
@@ -181,6 +182,7 @@ def test_the_real_engine_is_seen_at_work(live: RealServer):
     assert shown["steps"]["read"][-1] <= shown["now"] and shown["buckets"]
     assert {"waiting", "prefill", "decode"} == {state for state, _ in shown["timeline"][-1]["marks"]}
     live.wait_idle()
+    time.sleep(0.3)  # longer than a snapshot is kept
     after = live.http.get("/v1/engine").json()
     assert after["requests"] == [] and after["timeline"][-1]["ended"] is not None
     assert sum(bucket["steps"] for bucket in after["buckets"]) == after["stats"]["steps_total"]

@@ -293,9 +293,7 @@ HANDLERS = """e => [...e.querySelectorAll('*')].flatMap(x => [...x.attributes])
 
 def test_hostile_text_runs_nothing_and_asks_for_nothing(visit: Visit, server: PageServer, tmp_path: Path):
     flushes = server.engine.num_flushes
-    answer = visit.ask("hostile " + HOSTILE)
-    answer.locator("details.thought summary").click()
-    visit.page.wait_for_timeout(300)
+    visit.ask("hostile " + HOSTILE)
     path = tmp_path / "hostile.json"
     node = {"role": "assistant", "content": HOSTILE, "reasoning": HOSTILE, "model": HOSTILE, "finish": HOSTILE}
     node["calls"] = [{"id": HOSTILE, "name": HOSTILE, "arguments": HOSTILE}]
@@ -305,7 +303,9 @@ def test_hostile_text_runs_nothing_and_asks_for_nothing(visit: Visit, server: Pa
     for row in (0, 1):
         visit.page.locator(".pick").nth(row).click()
         prose = visit.page.locator(".message.assistant .body")
-        prose.get_by_text("The end of it.").first.wait_for()
+        prose.locator(".prose:not(.quiet)").get_by_text("The end of it.").wait_for()
+        if not prose.locator("details.thought").evaluate("e => e.open"):
+            prose.locator("details.thought summary").first.click()
         for link in prose.locator("a").all():
             link.dispatch_event("mouseover")
             href = link.get_attribute("href")
@@ -331,7 +331,7 @@ def test_the_policy_holds_where_the_sanitiser_would_not(visit: Visit):
           const script = document.createElement("script");
           try { script.textContent = "window.hacked = 2"; document.body.append(script); } catch { /* trusted types */ }
           const image = new Image();
-          image.setAttribute("onerror", "window.hacked = 3");
+          try { image.setAttribute("onerror", "window.hacked = 3"); } catch { /* trusted types */ }
           image.src = "http://outside.invalid/a.png";
           document.body.append(image);
           const frame = document.createElement("iframe");
@@ -493,7 +493,7 @@ def test_tools_are_called_shown_and_answered(visit: Visit, server: PageServer):
     )
     answer.get_by_label("Result of get_weather").fill("sunny, 21 degrees")
     visit.button("Send result").click()
-    visit.page.get_by_text("It will be sunny.").wait_for()
+    visit.page.locator(".prose", has_text="It will be sunny.").wait_for()
     assert "sunny, 21 degrees" in last_prompt(server) and "get_weather" in last_prompt(server)
     assert visit.page.locator(".message.tool").inner_text().startswith("Result of get_weather")
     visit.answered()

@@ -14,7 +14,7 @@ from jaxserve.engine.loop import EngineLoop
 from jaxserve.scheduling.encoder import EncoderBucket
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduling.snapshot import CACHED, FIRST_SLOT, FREE, MAX_WAITING, SHARED
-from jaxserve.types import AbortRequests, AddRequests, Request, Snapshot, Stop, TakeSnapshot
+from jaxserve.types import AbortRequests, AddRequests, Request, Snapshot, StepEvents, Stop, TakeSnapshot
 
 CONFIG = SchedulerConfig(
     num_pages=33,
@@ -186,11 +186,12 @@ def test_an_encoder_shows_its_texts_and_its_padding():
     inbox.put(AddRequests((text(1, 5), text(2, 9), text(3, 16))))
 
     class Ending(queue.SimpleQueue):
-        """Stop once three vectors and two snapshots were sent."""
+        """Asks once more after the last vector, then stops."""
 
         def put(self, message, *rest):
             super().put(message, *rest)
-            if isinstance(message, Snapshot) and not message.requests:
+            if isinstance(message, StepEvents) and 3 in message.request_ids:
+                inbox.put(TakeSnapshot())
                 inbox.put(Stop())
 
     told = Ending()
@@ -199,5 +200,5 @@ def test_an_encoder_shows_its_texts_and_its_padding():
     shown = [each for each in (told.get() for _ in range(told.qsize())) if isinstance(each, Snapshot)]
     assert [(view.id, view.state) for view in shown[0].requests] == [(1, "prefill"), (2, "prefill"), (3, "waiting")]
     last = shown[-1]
-    assert last.page_states == b"" and {line.reason for line in last.lifelines} == {"stop"}
+    assert last.requests == () and last.page_states == b"" and {line.reason for line in last.lifelines} == {"stop"}
     assert [tuple(bucket) for bucket in last.buckets] == [(0, 16, 1, 1, 16), (0, 32, 2, 1, 14)]

@@ -138,7 +138,7 @@ function tile(name) {
   const detail = h("span.detail");
   const chart = h("canvas.spark", { "aria-hidden": "true" });
   const bar = h("div.stack", { "aria-hidden": "true" });
-  const title = { rate: "Tokens a second", running: "Running + queued", cache: "KV cache", prefix: "Prefix hits", padding: "Padding", step: "Steps", compiled: "Compiled since ready" }[name];
+  const title = { rate: "Tokens a second", running: "Requests", cache: "KV cache", prefix: "Prefix hits", padding: "Padding", step: "Steps", compiled: "Compiled late" }[name];
   const box = h("div.tile", { class: `tile-${name}` }, h("span.title", {}, title), value, detail, ["rate", "running", "step"].includes(name) ? h("div.spark-frame", {}, chart) : "", ["cache", "prefix", "padding"].includes(name) ? bar : "");
   return { box, chart, set(text, small, shares) {
     value.textContent = text;
@@ -152,10 +152,10 @@ const percent = (value) => `${value > 0 && value < 0.01 ? "< 1" : Math.round(100
 
 function drawTiles() {
   const { stats, pages, engine } = latest;
-  const from = latest.now - TREND;
+  const from = Math.min(latest.now - 10, Math.max(latest.now - TREND, trend[0].now));
   parts.rate.set(number.format(perSecond("generation_tokens_total", 3)), `${whole.format(stats.generation_tokens_total)} since the start`);
   sparkline(parts.rate.chart, rates("generation_tokens_total"), from, latest.now, palette.decode);
-  parts.running.set(`${stats.num_running} + ${stats.num_waiting}`, `of ${engine.max_running} rows · ${whole.format(stats.preemptions_total)} preempted`);
+  parts.running.set(`${stats.num_running} + ${stats.num_waiting}`, `running + queued · ${engine.max_running} rows · ${whole.format(stats.preemptions_total)} preempted`);
   sparkline(parts.running.chart, trend.map((each) => [each.now, each.num_running + each.num_waiting]), from, latest.now, palette.accent);
   parts.cache.set(percent(share(pages.held, pages.num_pages)), `${whole.format(pages.held)} used · ${whole.format(pages.cached)} cached · ${whole.format(pages.free)} free`, [["used", share(pages.held, pages.num_pages)], ["cached", share(pages.cached, pages.num_pages)]]);
   parts.cache.box.hidden = !pages.num_pages;
@@ -171,7 +171,7 @@ function drawTiles() {
   parts.step.set(`${number.format(rate)} / s`, lasted ? `${seconds(lasted)} each` : `${whole.format(stats.steps_total)} since the start`);
   sparkline(parts.step.chart, rates("steps_total"), from, latest.now, palette.prefill);
   const compiled = stats.compilations_total;
-  parts.compiled.set(whole.format(compiled), compiled ? "a bug: nothing should compile now" : "all shapes were ready");
+  parts.compiled.set(whole.format(compiled), compiled ? "since it was ready: a bug" : "since it was ready; all shapes were there");
   parts.compiled.box.classList.toggle("bad", compiled > 0);
 }
 
