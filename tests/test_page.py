@@ -24,7 +24,7 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync"),
 )
 LONG = " ".join(f"word{n}" for n in range(400))
-HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
+HOSTILE = r"""<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
 <svg onload="window.hacked = 3"><animate onbegin="window.hacked = 3" attributeName=x dur=1s /></svg>
 <iframe srcdoc="<script>parent.hacked = 4</script>"></iframe><iframe src="javascript:parent.hacked=5"></iframe>
 
@@ -44,6 +44,9 @@ body { display: none }</style><link rel=stylesheet href=http://outside.invalid/d
 ```html"><img src=x onerror="window.hacked = 16">
 </code></pre><script>window.hacked = 17</script>
 ```
+
+$\href{javascript:window.hacked=20}{x}$ \(\includegraphics{http://outside.invalid/g.png}\)
+$\class{x}{y}$ $\htmlStyle{background: url(/flush_cache)}{x}$ $</code><img src=x onerror="window.hacked = 21">$
 
 | a | b |
 |---|---|
@@ -65,6 +68,7 @@ TEXTS = {
     "endless": LONG * 20,
     "weather": CALL,
     "sunny": "It will be sunny.",
+    "formula": r"Half is $\frac{1}{2}$, not $5 or $6." + "\n\n$$\n\\int_0^1 x^2\\,dx\n$$\n\nBroken: $\\frac{$",
     "": "<think>Let me see.</think>Hello **world**, é.\n\n```python\nx = 1\n```\n",
 }
 
@@ -173,6 +177,14 @@ def test_an_answer_streams_in_as_markdown_with_its_thinking_and_its_times(visit:
     visit.until("document.querySelector('.hljs-number')?.textContent === '1'")
     visit.button("Show raw text", answer).click()
     assert "Hello **world**" in answer.inner_text()
+
+
+def test_formulas_are_set_and_money_is_not(visit: Visit):
+    answer = visit.ask("a formula")
+    answer.locator("mfrac").wait_for()
+    answer.locator("math[display=block]").wait_for()
+    assert answer.locator("math").count() == 2
+    assert "not $5 or $6." in answer.inner_text() and answer.locator("code").inner_text() == r"\frac{"
 
 
 def test_stop_aborts_the_request_and_keeps_what_was_said(visit: Visit, server: PageServer):

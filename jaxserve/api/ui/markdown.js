@@ -12,9 +12,25 @@ const LINK = /^(https?:|mailto:)/i;
 
 const escape = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 
+// Formulas: $$…$$ and \\[…\\] stand alone, \\(…\\) and $…$ in a line. A dollar before a space or a digit is money.
+const DISPLAY = /^(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n|$)/;
+const INLINE = /^(?:\$\$([^\n]+?)\$\$|\\\[([^\n]+?)\\\]|\\\(([\s\S]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s\\$])\$(?!\d))/;
+const formula = (name, level, rule, start) => ({
+  name,
+  level,
+  start: (text) => text.match(start)?.index,
+  tokenizer(text) {
+    const found = rule.exec(text);
+    if (!found) return undefined;
+    return { type: name, raw: found[0], text: found.slice(1).find(Boolean).trim(), display: name === "display" || /^(\$\$|\\\[)/.test(found[0]) };
+  },
+  renderer: ({ text, display }) => `<code class="language-tex${display ? "-display" : ""}">${escape(text)}</code>`,
+});
+
 const marked = new Marked({
   gfm: true,
   breaks: false,
+  extensions: [formula("display", "block", DISPLAY, /(?<=\n)(?:\$\$|\\\[)/), formula("inline", "inline", INLINE, /\$|\\[([]/)],
   renderer: {
     html: ({ text }) => (HARMLESS.test(text.trim()) ? text : escape(text)), // what a model writes is shown, not obeyed
     image: ({ href, text, title }) => `<a href="${escape(href)}" title="${escape(title ?? href)}">${escape(text || href)}</a>`,
@@ -69,6 +85,7 @@ function showBlock(token, complete) {
   if (token.type !== "code") {
     made.innerHTML = clean(marked.parser([token]));
     for (const code of made.querySelectorAll("pre > code")) nestedCode(code, complete);
+    for (const code of made.querySelectorAll("code.language-tex, code.language-tex-display")) if (complete) typeset(code);
     for (const table of made.querySelectorAll("table")) {
       const frame = h("div.table", { tabIndex: 0, role: "region", "aria-label": "Table" });
       table.replaceWith(frame);
@@ -97,4 +114,19 @@ async function highlight(code, text, language) {
   highlighter ??= import("./vendor/highlight.js").then((module) => module.default, () => null);
   const hljs = await highlighter;
   if (hljs?.getLanguage(language)) code.innerHTML = clean(hljs.highlight(text, { language, ignoreIllegals: true }).value);
+}
+
+let typesetter;
+
+/** TeX -> MathML, element by element and with nothing that Temml does not trust; what it cannot read stays as it was. */
+async function typeset(code) {
+  typesetter ??= import("./vendor/temml.js").then((module) => module.default, () => null);
+  const temml = await typesetter;
+  const box = h("span.math");
+  try {
+    temml.render(code.textContent, box, { displayMode: code.className.endsWith("display"), throwOnError: true, trust: false, maxExpand: 200, maxSize: [20, 200] });
+  } catch {
+    return;
+  }
+  code.replaceWith(box);
 }
