@@ -43,8 +43,7 @@ function mountTopbar() {
 }
 
 function showTab(name) {
-  const [, id = ""] = location.hash.match(/^#chat\/(.+)$/) ?? [];
-  history.replaceState(null, "", name === "engine" ? "#engine" : `#chat/${state.current?.id ?? id}`);
+  history.replaceState(null, "", name === "engine" ? "#engine" : `#chat/${state.current.id}`);
   for (const [each, button] of Object.entries(tabs)) {
     button.setAttribute("aria-selected", String(each === name));
     button.tabIndex = each === name ? 0 : -1;
@@ -215,8 +214,8 @@ async function start() {
   on("notice", showNotice);
   on("failed", onFailure);
   on("key", connect);
+  on("list", () => (document.title = state.current?.leaf ? `${titleOf(state.current)} · jaxserve` : "jaxserve"));
   on("opened", (conversation) => {
-    document.title = conversation.leaf ? `${titleOf(conversation)} · jaxserve` : "jaxserve";
     if (chatIsShown()) history.replaceState(null, "", `#chat/${conversation.id}`);
   });
   for (const conversation of await store.all()) {

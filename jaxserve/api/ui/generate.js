@@ -99,6 +99,7 @@ function takeToken(node, { token, bytes, logprob, top_logprobs: top = [] }, cloc
   part.top ??= top.map((each) => [each.token, each.logprob]);
   const text = new TextDecoder().decode(new Uint8Array(part.bytes));
   if (text.endsWith("\ufffd") && part.bytes.length < 4) return;
+  node.tokens ??= [];
   node.tokens.push([text, part.logprob, part.top]);
   clock.part = null;
 }

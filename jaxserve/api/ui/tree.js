@@ -84,10 +84,12 @@ function readOne(given) {
   const made = newConversation();
   for (const name of ["title", "system", "tools", "extra", "model"]) if (isText(given[name])) made[name] = given[name];
   for (const name of ["created", "updated"]) if (Number.isFinite(given[name])) made[name] = given[name];
-  if (given.params && typeof given.params === "object") made.params = structuredClone(given.params);
+  const isPlain = ([, value]) => ["string", "number", "boolean"].includes(typeof value);
+  if (given.params && typeof given.params === "object") made.params = Object.fromEntries(Object.entries(given.params).filter(isPlain));
+  if (!isText(made.params.stop)) delete made.params.stop;
   for (const [id, node] of Object.entries(given.nodes)) {
     if (!node || !["user", "assistant", "tool"].includes(node.role) || !isText(node.content)) throw new Error("a message in it is broken");
-    made.nodes[id] = { ...readNode(node), id };
+    if (id !== "__proto__") made.nodes[id] = { ...readNode(node), id };
   }
   for (const node of Object.values(made.nodes)) if (!made.nodes[node.parent]) node.parent = null;
   for (const node of Object.values(made.nodes)) checkAncestry(made, node);
