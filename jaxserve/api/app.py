@@ -86,8 +86,12 @@ ROUTES: tuple[tuple[tuple[str, ...], tuple[str, ...], Endpoint, type[BaseModel] 
 )
 
 
-# What asking for changes something or costs a step: no HEAD, which monitors send to see whether a page is there.
-_ACTING: tuple[Endpoint, ...] = (admin.flush_cache, admin.start_profile, admin.stop_profile, native.health_generate)
+# What asking for changes something, costs a step or may stream: no HEAD, which monitors send to see whether a page is
+# there.
+_ACTING: tuple[Endpoint, ...] = (
+    *(admin.flush_cache, admin.start_profile, admin.stop_profile, native.health_generate),
+    engine.get_engine,
+)
 
 
 class _Application(FastAPI):
