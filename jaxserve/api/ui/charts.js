@@ -19,10 +19,16 @@ const names = ["text", "muted", "faint", "line", "surface", "cached", "shared", 
 
 /** The colours in force, by name; asked for anew when the theme changes. */
 export function colours() {
-  const style = getComputedStyle(document.querySelector(".engine"));
-  const dark = getComputedStyle(document.documentElement).getPropertyValue("--is-dark").trim() === "1";
-  const found = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--c-${name}`).trim()]));
-  const [light, chroma] = dark ? [0.72, 0.12] : [0.66, 0.13];
+  const probe = document.createElement("span"); // only a property of a real colour is computed
+  document.querySelector(".engine").append(probe);
+  const read = (name) => {
+    probe.style.color = `var(--c-${name})`;
+    return getComputedStyle(probe).color;
+  };
+  const found = Object.fromEntries(names.map((name) => [name, read(name)]));
+  probe.remove();
+  const [red] = found.text.match(/\d+/g).map(Number);
+  const [light, chroma] = red > 128 ? [0.72, 0.12] : [0.66, 0.13]; // light text: a dark page
   return { ...found, slot: (slot) => `oklch(${light} ${chroma} ${(slot * 137.508 + 200) % 360})` };
 }
 
