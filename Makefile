@@ -70,7 +70,7 @@ smoke: $(STAMP)
 
 # 160 MB that nothing else needs, so it is no part of the locked requirements; without it make test skips these tests.
 page: $(STAMP)
-	@$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check '.[page]'
+	@$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[page]'
 	$(pytest) -rs tests/test_page.py tests/test_api_engine.py $(TESTS)
 
 fuzz: $(STAMP)
