@@ -527,6 +527,8 @@ def test_token_probabilities_are_asked_for_coloured_and_explained(visit: Visit, 
     tokens.nth(2).evaluate("e => e.focus()")
     visit.page.keyboard.press("ArrowRight")
     assert tokens.nth(3).evaluate("e => e === document.activeElement")
+    visit.page.keyboard.press("Control+Shift+O")
+    assert not visit.page.locator("#tip").is_visible()
 
 
 def test_sampling_settings_begin_with_the_servers_and_reach_the_engine(visit: Visit, server: PageServer):

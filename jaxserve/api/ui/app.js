@@ -9,6 +9,7 @@ import { mountSettings, settingsAreOpen, toggleSettings } from "./settings.js";
 import { focusSearch, mountSidebar } from "./sidebar.js";
 import { emit, flush, model, on, open, openNew, saveSettings, state } from "./state.js";
 import * as store from "./store.js";
+import { hideTip } from "./tip.js";
 import { path, titleOf } from "./tree.js";
 
 const byId = (id) => document.getElementById(id);
@@ -49,6 +50,7 @@ function showTab(name) {
     button.tabIndex = each === name ? 0 : -1;
     byId(each).hidden = each !== name;
   }
+  hideTip();
   watchEngine(name === "engine");
   if (name === "chat" && !narrow.matches) focusComposer();
 }
@@ -214,6 +216,7 @@ async function start() {
   on("notice", showNotice);
   on("failed", onFailure);
   on("key", connect);
+  on("opened", hideTip);
   on("list", () => (document.title = state.current?.leaf ? `${titleOf(state.current)} · jaxserve` : "jaxserve"));
   on("opened", (conversation) => {
     if (chatIsShown()) history.replaceState(null, "", `#chat/${conversation.id}`);

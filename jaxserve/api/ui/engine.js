@@ -155,9 +155,9 @@ function drawTiles() {
   const from = Math.min(latest.now - 10, Math.max(latest.now - TREND, trend[0].now));
   parts.rate.set(number.format(perSecond("generation_tokens_total", 3)), `${whole.format(stats.generation_tokens_total)} since the start`);
   sparkline(parts.rate.chart, rates("generation_tokens_total"), from, latest.now, palette.decode);
-  parts.running.set(`${stats.num_running} + ${stats.num_waiting}`, `running + queued · ${engine.max_running} rows · ${whole.format(stats.preemptions_total)} preempted`);
+  parts.running.set(`${stats.num_running} + ${stats.num_waiting}`, `running + queued, of ${engine.max_running} rows`);
   sparkline(parts.running.chart, trend.map((each) => [each.now, each.num_running + each.num_waiting]), from, latest.now, palette.accent);
-  parts.cache.set(percent(share(pages.held, pages.num_pages)), `${whole.format(pages.held)} used · ${whole.format(pages.cached)} cached · ${whole.format(pages.free)} free`, [["used", share(pages.held, pages.num_pages)], ["cached", share(pages.cached, pages.num_pages)]]);
+  parts.cache.set(percent(share(pages.held, pages.num_pages)), `${whole.format(pages.held)} used · ${whole.format(pages.cached)} cached · ${whole.format(pages.free)} free${stats.preemptions_total ? ` · ${whole.format(stats.preemptions_total)} preempted so far` : ""}`, [["used", share(pages.held, pages.num_pages)], ["cached", share(pages.cached, pages.num_pages)]]);
   parts.cache.box.hidden = !pages.num_pages;
   const prompt = change("prompt_tokens_total", 30);
   const hits = share(stats.cached_tokens_total, stats.prompt_tokens_total);
@@ -171,7 +171,7 @@ function drawTiles() {
   parts.step.set(`${number.format(rate)} / s`, lasted ? `${seconds(lasted)} each` : `${whole.format(stats.steps_total)} since the start`);
   sparkline(parts.step.chart, rates("steps_total"), from, latest.now, palette.prefill);
   const compiled = stats.compilations_total;
-  parts.compiled.set(whole.format(compiled), compiled ? "since it was ready: a bug" : "since it was ready; all shapes were there");
+  parts.compiled.set(whole.format(compiled), compiled ? "programs since ready: a bug" : "programs since ready");
   parts.compiled.box.classList.toggle("bad", compiled > 0);
 }
 

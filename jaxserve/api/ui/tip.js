@@ -16,3 +16,6 @@ export function showTip(anchor, ...content) {
 export function hideTip() {
   tip.hidden = true;
 }
+
+addEventListener("scroll", hideTip, { capture: true, passive: true });
+addEventListener("hashchange", hideTip);
