@@ -213,7 +213,7 @@ class EngineConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    attention_backend: Literal["auto", "pallas", "xla"] = "auto"  # auto: pallas on TPU, xla elsewhere
+    attention_backend: Literal["auto", "pallas", "xla"] = "auto"  # auto: pallas on TPU and Hopper, xla elsewhere
     tp_size: int | None = None
     max_model_len: int | None = None
     max_running: int | None = None  # rows that decode together

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas import tpu, xla
 from kernels_pallas.cache import KVCache
@@ -52,22 +54,47 @@ class Attention:
     page_multiple: int = 1  # page sizes it can have are multiples of this
 
 
-def choose(platform: str, wanted: str = "auto", mesh: jax.sharding.Mesh | None = None) -> Attention:
+def choose(
+    platform: str,
+    wanted: str = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    num_kv_heads: int = 1,
+    dtype: jnp.dtype = jnp.bfloat16,
+    capability: str | None = None,
+) -> Attention:
     """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
 
     "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. mesh: its axis "tp" shares out the
-    heads of a kernel; XLA partitions its own path. Raises ValueError where there is no such backend.
+    heads of a kernel; XLA partitions its own path. num_kv_heads: of the model; dtype: of the cache; capability: a GPU's
+    compute capability, where the mesh has no devices to ask. Raises ValueError where there is no such backend.
     """
-    if wanted == "auto":
-        wanted = "pallas" if platform == "tpu" else "xla"
-    if wanted == "xla":
-        return Attention("xla", xla.plan, xla.attend)
-    if wanted == "pallas" and platform in ("tpu", "cpu"):
-        interpret = platform == "cpu"
-        attend = functools.partial(tpu.attend, mesh=mesh, interpret=interpret)
-        name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
-        return Attention(f"pallas ({name})", tpu.plan, attend, page_multiple=1 if interpret else tpu.PAGE_MULTIPLE)
-    raise ValueError(f"no attention backend {wanted!r} for {platform}; 'xla' runs everywhere, 'pallas' on tpu and cpu")
+    missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
+    if is_gpu := platform in ("gpu", "cuda", "rocm"):
+        from kernels_pallas import gpu  # a second that other devices need not wait
+
+        missing = gpu.why_not(capability or _capability(mesh), dtype)
+    if wanted == "xla" or (wanted == "auto" and (missing or platform == "cpu")):
+        name = f"xla ({missing})" if wanted == "auto" and missing else "xla"
+        return Attention(name, xla.plan, xla.attend)
+    if wanted not in ("auto", "pallas"):
+        raise ValueError(f"no attention backend {wanted!r}; there are auto, pallas and xla")
+    if missing:
+        raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
+    if is_gpu:
+        shards = 1 if mesh is None else mesh.shape["tp"]
+        plan = functools.partial(gpu.plan, num_kv_heads=max(num_kv_heads // shards, 1))
+        attend = functools.partial(gpu.attend, mesh=mesh)
+        return Attention("pallas (the Hopper kernels)", plan, attend, page_multiple=gpu.PAGE_MULTIPLE)
+    interpret = platform == "cpu"
+    attend = functools.partial(tpu.attend, mesh=mesh, interpret=interpret)
+    name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
+    return Attention(f"pallas ({name})", tpu.plan, attend, page_multiple=1 if interpret else tpu.PAGE_MULTIPLE)
+
+
+def _capability(mesh: Mesh | AbstractMesh | None) -> str | None:
+    """The compute capability of a mesh's GPUs, as JAX says it ("9.0"); None where nothing says so."""
+    return getattr(mesh.devices.flat[0], "compute_capability", None) if isinstance(mesh, Mesh) else None
 
 
 def default_page_size(platform: str) -> int:

@@ -60,8 +60,9 @@ FULL = LayerKind()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Work:
-    """What the layers of one kind share in a step; the two halves are a backend's own."""
+    """What the layers of one kind share in a step; all but the kind is a backend's own."""
 
     decode: Any  # None or empty: no decode rows
     prefill: Any  # None: no chunks
     kind: LayerKind = field(metadata={"static": True})
+    writes: Any = None  # where new tokens go, where that is a matter of its own

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas import tpu_decode, tpu_prefill
 from kernels_pallas.cache import KVCache, pack
 from kernels_pallas.kinds import FULL, LayerKind, Work
+from kernels_pallas.sharded import over_heads
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -35,7 +36,7 @@ def attend(
     layer: int | jax.Array,
     work: Work,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     max_block_tokens: int | None = None,
     interpret: tpu_decode.Interpret = False,
 ) -> tuple[jax.Array, KVCache]:
@@ -43,17 +44,7 @@ def attend(
     max_block_tokens: KV tokens in a block, where not each kernel's own choice."""
     blocks = {} if max_block_tokens is None else {"max_block_tokens": max_block_tokens}
     local = functools.partial(_attend, interpret=interpret, **blocks)
-    if mesh is None or mesh.size == 1:
-        return local(q, k, v, cache, layer, work)
-    heads, pages, everywhere = P(None, "tp", None), P(None, None, "tp"), P()
-    shared_out = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, pages, everywhere, everywhere),
-        out_specs=(heads, pages),
-        check_vma=False,
-    )
-    return shared_out(q, k, v, cache, jnp.asarray(layer, jnp.int32), work)
+    return over_heads(local, mesh)(q, k, v, cache, jnp.asarray(layer, jnp.int32), work)
 
 
 def _attend(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.cache import LANES, KVCache, pack, shares_lanes
+from kernels_pallas import writes
+from kernels_pallas.cache import LANES, KVCache, shares_lanes
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ class DecodePlan:
     item_pages: jax.Array  # [J, n]
     num_turns: jax.Array  # [] loop turns of S items
     kv_lens: jax.Array  # [S] from the first page that is read
-    write_pages: jax.Array  # [S] page of the new token; 2**30 (out of range: dropped) for unused rows
-    write_offsets: jax.Array  # [S]
 
 
 @jax.tree_util.register_dataclass
@@ -43,10 +42,6 @@ class PrefillPlan:
     num_blocks: jax.Array  # []
     token_rows: jax.Array  # [T] row of each token; -2 for padding
     positions: jax.Array  # [T]
-    write_pages: jax.Array  # [T / page_size] page of each page_size tokens; 2**30 (dropped) for padding
-
-
-_NOWHERE = 2**30
 
 
 def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: int, kind: LayerKind = FULL) -> Work:
@@ -55,6 +50,7 @@ def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: i
         decode=None if rows is None else _plan_decode(rows, page_size, kind),
         prefill=None if chunks is None else _plan_prefill(chunks, page_size, kind),
         kind=kind,
+        writes=writes.plan(rows, chunks, page_size),
     )
 
 
@@ -64,14 +60,7 @@ def attend(
     """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache."""
     decode_plan, prefill_plan = work.decode, work.prefill
     num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
-    rows = pack(k, v).astype(cache.pages.dtype)
-    pages = cache.pages
-    if decode_plan is not None:
-        slots = (layer, decode_plan.write_pages, slice(None), decode_plan.write_offsets)
-        pages = pages.at[slots].set(rows[:num_decode], mode="drop")
-    if prefill_plan is not None:
-        new = rows[num_decode:].reshape(-1, pages.shape[3], *rows.shape[1:])
-        pages = pages.at[layer, prefill_plan.write_pages].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    pages = writes.write(cache.pages, layer, k, v, work.writes)
     outs = []
     if decode_plan is not None:
         outs.append(_decode(q[:num_decode], pages, k.shape[1], layer, decode_plan, work.kind))
@@ -85,8 +74,6 @@ def _plan_decode(rows: "DecodeRows", page_size: int, kind: LayerKind) -> DecodeP
     table, kv_lens = kind.last_pages(rows.page_table, rows.kv_lens, page_size)
     table = _pad_to(table, per_block, axis=1)
     num_rows, num_pages = table.shape
-    last = jnp.maximum(kv_lens - 1, 0)
-    page = jnp.take_along_axis(table, (last // page_size)[:, None], axis=1)[:, 0]
     counts = -(-kv_lens // (per_block * page_size))
     row, block, used, total = _work_list(counts, num_rows * (num_pages // per_block))
     return DecodePlan(
@@ -95,8 +82,6 @@ def _plan_decode(rows: "DecodeRows", page_size: int, kind: LayerKind) -> DecodeP
         item_pages=jnp.where(used[:, None], table.reshape(num_rows, -1, per_block)[row, block], 0),
         num_turns=-(-total // num_rows),
         kv_lens=kv_lens,
-        write_pages=jnp.where(kv_lens > 0, page, _NOWHERE),
-        write_offsets=last % page_size,
     )
 
 
@@ -125,8 +110,6 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> P
     token = jnp.arange(num_tokens)
     token_row = jnp.clip(jnp.searchsorted(chunks.starts, token, side="right") - 1, 0, num_rows - 1)
     real = chunks.positions < chunks.kv_lens[token_row]
-    first = slice(None, None, page_size)  # chunks start on page borders, so page_size tokens share a page
-    write = chunks.page_table[token_row[first], jnp.clip(chunks.positions[first] // page_size, 0, max_pages - 1)]
     return PrefillPlan(
         pages=pages,
         page_rows=jnp.where(used, row, -1),
@@ -134,7 +117,6 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> P
         num_blocks=-(-total // per_block),
         token_rows=jnp.where(real, token_row, -2),
         positions=chunks.positions,
-        write_pages=jnp.where(real[first], write, _NOWHERE),
     )
 
 

@@ -14,16 +14,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import reference, tpu
+from kernels_pallas import gpu, reference, tpu
 from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
 from kernels_pallas.cache import KVCache, empty, pack, rows_per_page, unpack
 from kernels_pallas.kinds import LayerKind
 
+HAS_GPU_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
+
 
 def interpreted_tpu(interpret: bool | pltpu.InterpretParams) -> Attention:
     return Attention("tpu", tpu.plan, functools.partial(tpu.attend, max_block_tokens=64, interpret=interpret))
+
+
+def interpreted_gpu() -> Attention:
+    """The Hopper kernels, interpreted: shared memory that starts as NaN, asynchronous copies, a race detector; few
+    blocks of threads, so that each has several items."""
+    options = {"num_blocks": 2}
+    interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan") if HAS_GPU_INTERPRETER else None
+
+    def plan(rows, chunks, page_size, kind):
+        return gpu.plan(rows, chunks, page_size, kind, num_kv_heads=1, **options)
+
+    return Attention("gpu", plan, functools.partial(gpu.attend, interpret=interpret, **options))
 
 
 # Name -> the backend. The TPU's kernels run interpreted; small blocks make rows of several.
@@ -32,6 +47,7 @@ BACKENDS: dict[str, Attention] = {
     "xla": choose("cpu"),
     "tpu": interpreted_tpu(True),
     "tpu-races": interpreted_tpu(RACES),
+    "gpu-races": interpreted_gpu(),
 }
 
 NUM_LAYERS, LAYER = 3, 1
@@ -103,6 +119,16 @@ TPU_SHAPES = [
 CASES = [("xla", shape) for shape in SHAPES]
 CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES)]
 CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed", kind="window"))]
+# An interpreted GPU block takes about a second: fewer heads, pages and tokens.
+GPU_SHAPES = [
+    Shape(64, 64, 2, 1, "mixed", "bfloat16", "window"),  # K and V share lanes
+    Shape(128, 64, 1, 1, "mixed", "bfloat16", "both"),
+    Shape(256, 128, 2, 1, "decode", "bfloat16", "window"),  # two rows for K and for V, pages of two parts
+]
+CASES += [
+    pytest.param("gpu-races", shape, marks=pytest.mark.skipif(not HAS_GPU_INTERPRETER, reason="needs JAX 0.11"))
+    for shape in GPU_SHAPES
+]
 CASES += [("tpu-races", Shape(128, 32, 2, 2, "decode", "bfloat16"))]
 
 

@@ -55,7 +55,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
         config=model,
         layout=Layout.of(platform),
         structure=structure,
-        attention=_attention(config, platform, mesh, sizes.scheduler.page_size),
+        attention=_attention(config, platform, mesh, model.num_kv_heads, dtype, sizes.scheduler.page_size),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
         chunk_size=sizes.scheduler.chunk_size,
@@ -88,9 +88,11 @@ def devices_of(config: EngineConfig) -> list[jax.Device]:
     return found[:1]
 
 
-def _attention(config: EngineConfig, platform: str, mesh: Mesh, page_size: int) -> Attention:
+def _attention(
+    config: EngineConfig, platform: str, mesh: Mesh, num_kv_heads: int, dtype: jnp.dtype, page_size: int
+) -> Attention:
     try:
-        attention = choose(platform, config.attention_backend, mesh)
+        attention = choose(platform, config.attention_backend, mesh, num_kv_heads=num_kv_heads, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
     if page_size % attention.page_multiple:

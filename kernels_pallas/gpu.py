@@ -1,0 +1,91 @@
+"""The GPU backend, for Hopper: Pallas kernels for decode rows and prefill chunks; XLA writes the cache, in place."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractMesh, Mesh
+
+from kernels_pallas import gpu_decode, gpu_prefill, writes
+from kernels_pallas.cache import KVCache
+from kernels_pallas.gpu_ops import PART, Interpret
+from kernels_pallas.kinds import FULL, LayerKind, Work
+from kernels_pallas.sharded import over_heads
+
+if TYPE_CHECKING:
+    from kernels_pallas.attention import DecodeRows, PrefillChunks
+
+PAGE_MULTIPLE = PART
+CAPABILITY = "9.0"  # Hopper's: what wgmma is
+
+
+def why_not(capability: str | None, dtype: jnp.dtype) -> str | None:
+    """Why the kernels cannot serve a GPU of a compute capability and a cache of a dtype; None: they can."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        return f"the Hopper kernels need JAX 0.11 or newer; this is {jax.__version__}"
+    if capability != CAPABILITY:
+        return f"the GPU kernels need compute capability {CAPABILITY} (Hopper); this is {capability or 'unknown'}"
+    if dtype != jnp.bfloat16:
+        return f"the Hopper kernels need a bfloat16 cache; this is {jnp.dtype(dtype).name}"
+    return None
+
+
+def plan(
+    rows: "DecodeRows | None",
+    chunks: "PrefillChunks | None",
+    page_size: int,
+    kind: LayerKind = FULL,
+    *,
+    num_kv_heads: int,
+    num_blocks: int = gpu_decode.NUM_BLOCKS,
+) -> Work:
+    """See kernels_pallas.attention. num_kv_heads: on one device. num_blocks: of threads that decode at once."""
+    decode = prefill = None
+    if rows is not None:
+        options = {"num_kv_heads": num_kv_heads, "num_blocks": num_blocks}
+        decode = gpu_decode.plan(rows.page_table, rows.kv_lens, page_size, kind, **options)
+    if chunks is not None:
+        prefill = gpu_prefill.plan(chunks.page_table, chunks.kv_lens, chunks.starts, chunks.positions, page_size, kind)
+    return Work(decode, prefill, kind, writes.plan(rows, chunks, page_size))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: int | jax.Array,
+    work: Work,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    num_blocks: int = gpu_decode.NUM_BLOCKS,
+    interpret: Interpret = None,
+) -> tuple[jax.Array, KVCache]:
+    """See kernels_pallas.attention. mesh: axis "tp" shares out the heads, which need no exchange."""
+    local = functools.partial(_attend, num_blocks=num_blocks, interpret=interpret)
+    return over_heads(local, mesh)(q, k, v, cache, jnp.asarray(layer, jnp.int32), work)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    work: Work,
+    *,
+    num_blocks: int,
+    interpret: Interpret,
+) -> tuple[jax.Array, KVCache]:
+    """One device's heads. All writes come before all reads: interleaved, XLA would copy the cache."""
+    pages = writes.write(cache.pages, layer, k, v, work.writes)
+    num_decode = 0 if work.decode is None else work.decode.kv_lens.shape[0]
+    options = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}
+    outs = []
+    if work.decode is not None:
+        outs.append(gpu_decode.attend(q[:num_decode], pages, layer, work.decode, num_blocks=num_blocks, **options))
+    if work.prefill is not None:
+        outs.append(gpu_prefill.attend(q[num_decode:], pages, layer, work.prefill, **options))
+    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)
