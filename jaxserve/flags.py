@@ -129,7 +129,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
     Flag(
-        ("--attention-backend",), "engine.attention_backend", "auto: pallas on TPU, Hopper; else xla", foreign.attention_backend
+        ("--attention-backend",),
+        "engine.attention_backend",
+        "auto: pallas on TPU, Hopper; else xla",
+        foreign.attention_backend,
     ),
     Flag(
         ("--max-model-len", "--context-length"),

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from kernels_pallas import tpu, xla
 from kernels_pallas.cache import KVCache
 from kernels_pallas.kinds import FULL, LayerKind, Work
+from kernels_pallas.sharded import over_heads
 
 Layer = int | jax.Array
 
@@ -84,12 +85,11 @@ def choose(
     if is_gpu:
         shards = 1 if mesh is None else mesh.shape["tp"]
         plan = functools.partial(gpu.plan, num_kv_heads=max(num_kv_heads // shards, 1))
-        attend = functools.partial(gpu.attend, mesh=mesh)
-        return Attention("pallas (the Hopper kernels)", plan, attend, page_multiple=gpu.PAGE_MULTIPLE)
+        return Attention("pallas (the Hopper kernels)", plan, over_heads(gpu.attend, mesh), gpu.PAGE_MULTIPLE)
     interpret = platform == "cpu"
-    attend = functools.partial(tpu.attend, mesh=mesh, interpret=interpret)
+    attend = over_heads(functools.partial(tpu.attend, interpret=interpret), mesh)
     name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
-    return Attention(f"pallas ({name})", tpu.plan, attend, page_multiple=1 if interpret else tpu.PAGE_MULTIPLE)
+    return Attention(f"pallas ({name})", tpu.plan, attend, 1 if interpret else tpu.PAGE_MULTIPLE)
 
 
 def _capability(mesh: Mesh | AbstractMesh | None) -> str | None:

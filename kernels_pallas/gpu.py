@@ -1,18 +1,15 @@
 """The GPU backend, for Hopper: Pallas kernels for decode rows and prefill chunks; XLA writes the cache, in place."""
 
-import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas import gpu_decode, gpu_prefill, writes
 from kernels_pallas.cache import KVCache
 from kernels_pallas.gpu_ops import PART, Interpret
 from kernels_pallas.kinds import FULL, LayerKind, Work
-from kernels_pallas.sharded import over_heads
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -59,27 +56,10 @@ def attend(
     layer: int | jax.Array,
     work: Work,
     *,
-    mesh: Mesh | AbstractMesh | None = None,
     num_blocks: int = gpu_decode.NUM_BLOCKS,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. mesh: axis "tp" shares out the heads, which need no exchange."""
-    local = functools.partial(_attend, num_blocks=num_blocks, interpret=interpret)
-    return over_heads(local, mesh)(q, k, v, cache, jnp.asarray(layer, jnp.int32), work)
-
-
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    layer: jax.Array,
-    work: Work,
-    *,
-    num_blocks: int,
-    interpret: Interpret,
-) -> tuple[jax.Array, KVCache]:
-    """One device's heads. All writes come before all reads: interleaved, XLA would copy the cache."""
+    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA would copy the cache."""
     pages = writes.write(cache.pages, layer, k, v, work.writes)
     num_decode = 0 if work.decode is None else work.decode.kv_lens.shape[0]
     options = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}

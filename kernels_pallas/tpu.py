@@ -1,16 +1,13 @@
 """The TPU backend: Pallas kernels for decode rows and prefill chunks over one cache, written in place."""
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas import tpu_decode, tpu_prefill
 from kernels_pallas.cache import KVCache, pack
 from kernels_pallas.kinds import FULL, LayerKind, Work
-from kernels_pallas.sharded import over_heads
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -36,22 +33,13 @@ def attend(
     layer: int | jax.Array,
     work: Work,
     *,
-    mesh: Mesh | AbstractMesh | None = None,
     max_block_tokens: int | None = None,
     interpret: tpu_decode.Interpret = False,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. mesh: axis "tp" shares out the heads, which need no exchange.
-    max_block_tokens: KV tokens in a block, where not each kernel's own choice."""
-    blocks = {} if max_block_tokens is None else {"max_block_tokens": max_block_tokens}
-    local = functools.partial(_attend, interpret=interpret, **blocks)
-    return over_heads(local, mesh)(q, k, v, cache, jnp.asarray(layer, jnp.int32), work)
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work, **options: Any
-) -> tuple[jax.Array, KVCache]:
-    """One device's heads."""
-    options |= {"num_kv_heads": k.shape[1], "kind": work.kind}
+    """See kernels_pallas.attention. max_block_tokens: KV tokens in a block, where not each kernel's own choice."""
+    options: dict[str, Any] = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}
+    if max_block_tokens is not None:
+        options["max_block_tokens"] = max_block_tokens
     new, pages = pack(k, v).astype(cache.pages.dtype), cache.pages
     outs, start = [], 0
     for part in work.decode:

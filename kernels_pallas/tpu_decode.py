@@ -235,14 +235,30 @@ def _kernel(
         offset = lax.rem(kv_lens[row] - 1, block_tokens)
         place = pl.ds(pl.multiple_of(offset // tile * tile, tile), tile)
         old = buffers[slot, :, place, :]
-        here = lax.broadcasted_iota(jnp.int32, old.shape, 1) == offset % tile
-        merged = jnp.where(here, new[row][:, None, :], old)
-        buffers[slot, :, place, :] = merged
+        token = lax.broadcasted_iota(jnp.int32, old.shape, 1)
+        merged = jnp.where(token == offset % tile, new[row][:, None, :], old)
+        buffers[slot, :, place, :] = jnp.where(token > offset % tile, jnp.zeros_like(merged), merged)
         stage[parity] = merged
         write_back(row, parity).start()
 
+        @pl.loop(offset // tile + 1, pl.cdiv(offset + 1, page_size) * (page_size // tile))
+        def _(index: jax.Array) -> None:
+            clear(slot, index * tile, tile)
+
+    def clear(slot: jax.Array, start: jax.Array, tokens: int) -> None:
+        """What was never written may be NaN, and NaN times a weight of 0 is NaN."""
+        place = pl.ds(pl.multiple_of(start, tokens), tokens)
+        buffers[slot, :, place, :] = jnp.zeros((buffers.shape[1], tokens, LANES), buffers.dtype)
+
+    def clear_unfetched(row: jax.Array, block: jax.Array, slot: jax.Array) -> None:
+        """Before a buffer's first use: later, what is not fetched is of an earlier row."""
+
+        @pl.loop(used_pages(row, block) * (page_size // tile), block_tokens // tile)
+        def _(index: jax.Array) -> None:
+            clear(slot, index * tile, tile)
+
     def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        row, block, slot, num_written = carry
+        row, block, slot, num_written, turn = carry
         last = (block + 1) * block_tokens >= kv_lens[row]
         next_row = jnp.where(last, next_used[row + 1], row)
         next_block = jnp.where(last, 0, block + 1)
@@ -253,33 +269,38 @@ def _kernel(
 
         wait(row, block, slot)
 
+        @pl.when(turn < 2)
+        def _() -> None:
+            clear_unfetched(row, block, slot)
+
         @pl.when(block == 0)
         def _() -> None:
             maxima[...] = jnp.full_like(maxima, MASKED)
             sums[...] = jnp.zeros_like(sums)
             accumulators[...] = jnp.zeros_like(accumulators)
 
-        state = (maxima, sums, accumulators)
-        border = last if kind.window is None else last | (block == 0)
+        def attend(length: jax.Array | None) -> None:
+            _attend_block(q.at[row], buffers.at[slot], (maxima, sums, accumulators), shared, kind, length)
+
+        middle = jnp.logical_not(last)
+        if kind.window is not None:
+            middle &= block > 0
+
+            @pl.when((block == 0) & jnp.logical_not(last))
+            def _() -> None:
+                attend(kv_lens[row])
 
         @pl.when(last)
         def _() -> None:
             insert(row, slot, num_written)
-
-        @pl.when(border)
-        def _() -> None:
-            length = kv_lens[row] - block * block_tokens
-            _attend_block(q.at[row], buffers.at[slot], state, shared, kind, length)
-
-        @pl.when(last)
-        def _() -> None:
+            attend(kv_lens[row] - block * block_tokens)
             out[row] = (accumulators[...] / sums[..., :1]).astype(out.dtype)
 
-        @pl.when(jnp.logical_not(border))
+        @pl.when(middle)
         def _() -> None:
-            _attend_block(q.at[row], buffers.at[slot], state, shared, kind, None)
+            attend(None)
 
-        return next_row, next_block, 1 - slot, num_written + last.astype(jnp.int32)
+        return next_row, next_block, 1 - slot, num_written + last.astype(jnp.int32), turn + 1
 
     first = next_used[0]
 
@@ -288,7 +309,7 @@ def _kernel(
         fetch(first, jnp.int32(0), jnp.int32(0))
 
     zero = jnp.int32(0)
-    num_written = lax.while_loop(lambda carry: carry[0] < num_rows, body, (first, zero, zero, zero))[-1]
+    num_written = lax.while_loop(lambda carry: carry[0] < num_rows, body, (first, zero, zero, zero, zero))[-2]
     for parity in range(2):
 
         @pl.when(num_written > parity)
@@ -299,7 +320,7 @@ def _kernel(
 def _attend_block(
     q: Any, block: Any, state: tuple[Any, ...], shared: bool, kind: LayerKind, length: jax.Array | None
 ) -> None:
-    """q [K, G, W], block [R, n, 128] -> running maxima, sums [K, G, 128] and accumulators [K, G, W] of all heads.
+    """q [K, G, W], finite block [R, n, 128] -> running maxima, sums [K, G, 128], accumulators [K, G, W] of all heads.
 
     length: tokens from the block's first to the row's last; None: all of the block is seen. The products of one head
     stand beside the softmax of the next.
@@ -313,15 +334,10 @@ def _attend_block(
         visible = index < length
         if kind.window is not None:
             visible &= index >= length - kind.window
-        real = lax.broadcasted_iota(jnp.int32, (num_tokens, LANES), 0) < length
-
-    def values_of(head: int) -> list[jax.Array]:
-        found = [block[index] for index in head_rows(head, num_kv_heads, block.shape[0], shared)[1]]
-        # What was never written may be NaN, and NaN times 0 is NaN.
-        return found if length is None else [jnp.where(real, value, jnp.zeros_like(value)) for value in found]
 
     def finish(head: int, weights: jax.Array, shrink: jax.Array) -> None:
-        for part, value in enumerate(values_of(head)):
+        for part, index in enumerate(head_rows(head, num_kv_heads, block.shape[0], shared)[1]):
+            value = block[index]
             lanes = pl.ds(part * LANES, LANES)
             product = jnp.dot(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
             accumulators[head, :, lanes] = accumulators[head, :, lanes] * shrink + product

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-COMPUTE_CAPABILITY = "9.0"
-
 
 @dataclass(frozen=True)
 class GpuChip:
@@ -25,7 +23,7 @@ class GpuChip:
 
 H100 = GpuChip("NVIDIA H100 80GB HBM3", 85_000_000_000, 3_350_000_000_000)
 H200 = GpuChip("NVIDIA H200", 150_000_000_000, 4_800_000_000_000)
-CHIPS = {"h100": H100, "h200": H200}
+GPUS = {"h100": H100, "h200": H200}
 
 # The fields of xla/stream_executor/device_description.proto, for a GH100 chip with 132 multiprocessors.
 _DESCRIPTION = """

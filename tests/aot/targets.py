@@ -1,5 +1,5 @@
-"""The engine's own programs, compiled for TPUs that are not there: libtpu holds the compiler, its topologies are the
-targets."""
+"""The engine's own programs, compiled for TPUs and GPUs that are not there: libtpu and JAX's CUDA plugin hold the
+compilers, their topologies are the targets."""
 
 import importlib.util
 import math
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.compile import Target, _Builder, precision
+from jaxserve.engine.gpu_targets import GPUS, gpu_devices
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sizing import DeviceFacts, resolve
 from jaxserve.engine.step import StepShape
@@ -78,21 +79,25 @@ def compile_steps(target: Target, buckets: Iterable[Bucket], *, whole: bool = Fa
 def target_of(
     topology: str, num_devices: int, model: ModelConfig, *, num_layers: int, backend: str = "auto", **config: Any
 ) -> Iterator[tuple[Target, dict[tuple[int, int], Bucket]]]:
-    """What the engine would compile for some chips of a topology, and its buckets by (S, T).
+    """What the engine would compile for some chips of a TPU topology or some GPUs, and its buckets by (S, T).
 
     The cache is too large for VMEM, where the compiler would otherwise be free to move it and back.
     num_layers: may be fewer than the model's; a step is as many copies of the same layer.
     """
     model = replace(model, num_layers=num_layers)
-    mesh = make_mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:num_devices])
+    if topology in GPUS:
+        platform, devices = "gpu", gpu_devices(num_devices, GPUS[topology])
+    else:
+        platform, devices = "tpu", topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(devices[:num_devices])
     config = {"max_model_len": 8192, "max_running": 64, "max_total_tokens": 2**18} | config
-    sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts("tpu", num_devices, None))
+    sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts(platform, num_devices, None))
     dtype = jnp.dtype(sizes.dtype)
-    structure, description = describe(model, dtype, mesh, "tpu")
-    attention = choose("tpu", backend, mesh)
+    structure, description = describe(model, dtype, mesh, platform)
+    attention = choose(platform, backend, mesh, num_kv_heads=model.num_kv_heads, dtype=dtype)
     runs = sizes.scheduler
     sizes_of_step = (runs.page_size, runs.max_pages, runs.chunk_size)
-    shape = StepShape(model, Layout.of("tpu"), structure, attention, *sizes_of_step)
+    shape = StepShape(model, Layout.of(platform), structure, attention, *sizes_of_step)
     runner = ModelRunner(shape, runs, mesh, dtype)
     target = Target(
         params=jax.tree.map(Parameter.abstract, description),
