@@ -90,7 +90,12 @@ def run(arguments: list[str], seconds: float, log: Path) -> dict[str, Any]:
     start = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"NPROC": str(max(os.cpu_count() or 1, 16))},  # threads: interpreted warpgroups hold some
         )
         try:
             code: int | None = process.wait(max(seconds, 1))

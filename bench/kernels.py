@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import reference, xla
-from kernels_pallas.attention import FULL, Attention, DecodeRows, LayerKind, PrefillChunks, choose
+from kernels_pallas.attention import FULL, Attention, DecodeRows, LayerKind, PrefillChunks, choose, gpu_facts
 from kernels_pallas.cache import KVCache, rows_per_page
 
 PAGE = 64
@@ -47,8 +47,7 @@ def backend(name: str) -> Callable[[int], Attention]:
         return lambda num_kv_heads: choose("cpu", "xla")
     if name == "gpu":
         device = jax.devices()[0]
-        capability = getattr(device, "compute_capability", None)
-        return lambda heads: choose(device.platform, "pallas", num_kv_heads=heads, capability=capability)
+        return lambda heads: choose(device.platform, "pallas", num_kv_heads=heads, **gpu_facts(device))
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from kernels_pallas import gpu

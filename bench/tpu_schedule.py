@@ -1,6 +1,7 @@
 """Static schedules of the TPU decode kernel, without a TPU: instruction bundles per KV block against its time in HBM.
 
-python -m bench.tpu_schedule [--targets v5e:2x2 v6e:2x4 tpu7x:2x2x1] [--shapes 32/8/128 4/1/128] [--output FILE]
+python -m bench.tpu_schedule [--targets v5e:2x2 v6e:2x4 tpu7x:2x2x1] [--shapes 32/8/128 4/1/128]
+    [--page-size 128] [--output FILE]
 
 libtpu compiles the kernel for each target and writes its final schedule; a bundle is what a core issues in a cycle. Of
 the loop over blocks, counted once, the path of an unmasked block: fetching the next, waiting, the products; without the
@@ -21,7 +22,7 @@ from pathlib import Path
 
 # Name -> (clock in GHz, assumed; HBM bytes per second a core, published).
 CHIPS = {"v5e": (1.5, 819e9), "v6e": (1.75, 1640e9), "tpu7x": (1.9, 3700e9)}
-PAGE_SIZE, CONTEXT, NUM_ROWS = 128, 4096, 64
+CONTEXT, NUM_ROWS = 4096, 64
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z ,]*):\s*([> ]*)\{")
 
 
@@ -71,7 +72,7 @@ def turns(text: str) -> tuple[int, int]:
     return total - regions[masked], total - regions[unmasked]
 
 
-def compile_here(target: str, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+def compile_here(target: str, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int) -> int:
     """Compile the decode kernel for one chip of a target, in this process. -> tokens in a block."""
     import jax
     import jax.numpy as jnp
@@ -84,29 +85,29 @@ def compile_here(target: str, num_heads: int, num_kv_heads: int, head_dim: int) 
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:1]
     mesh = Mesh(np.asarray(devices), ("tp",))
-    rows, max_pages = rows_per_page(num_kv_heads, head_dim), CONTEXT // PAGE_SIZE
+    rows, max_pages = rows_per_page(num_kv_heads, head_dim), CONTEXT // page_size
 
     def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def attend(q, new, pages, layer, table, lens):
-        (work,) = tpu_decode.plan(table, lens, PAGE_SIZE)
+        (work,) = tpu_decode.plan(table, lens, page_size)
         return tpu_decode.attend(q, new, pages, layer, work, num_kv_heads=num_kv_heads)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jax.jit(attend, donate_argnums=2).lower(
             array(jnp.bfloat16, NUM_ROWS, num_heads, head_dim),
             array(jnp.bfloat16, NUM_ROWS, rows, LANES),
-            array(jnp.bfloat16, 4, NUM_ROWS * max_pages + 1, rows, PAGE_SIZE, LANES),
+            array(jnp.bfloat16, 4, NUM_ROWS * max_pages + 1, rows, page_size, LANES),
             array(jnp.int32),
             array(jnp.int32, NUM_ROWS, max_pages),
             array(jnp.int32, NUM_ROWS),
         ).compile()
-    pages = tpu_decode.pages_per_block(rows, PAGE_SIZE, max_pages, 2, tpu_decode.MAX_BLOCK_TOKENS)
-    return pages * PAGE_SIZE
+    pages = tpu_decode.pages_per_block(rows, page_size, max_pages, 2, tpu_decode.MAX_BLOCK_TOKENS)
+    return pages * page_size
 
 
-def measure(target: str, shape: Sequence[int]) -> Schedule:
+def measure(target: str, shape: Sequence[int], page_size: int) -> Schedule:
     """In a child, since the compiler reads what to write down only once."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
@@ -115,7 +116,7 @@ def measure(target: str, shape: Sequence[int]) -> Schedule:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
         }
-        command = [sys.executable, "-m", "bench.tpu_schedule", "--compile", target, *map(str, shape)]
+        command = [sys.executable, "-m", "bench.tpu_schedule", "--compile", target, *map(str, (*shape, page_size))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{target} {shape}: {done.stderr[-2000:]}")
@@ -133,8 +134,9 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=["32/8/128", "4/1/128", "9/3/64"], help="heads/kv heads/head dim"
     )
+    parser.add_argument("--page-size", type=int, default=128, help="tokens (default: 128)")
     parser.add_argument("--output", help="JSON file")
-    parser.add_argument("--compile", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         target, *shape = options.compile
@@ -146,12 +148,14 @@ def main() -> None:
     rows = []
     for target in options.targets:
         for shape in options.shapes:
-            row = measure(target, [int(part) for part in shape.split("/")])
+            row = measure(target, [int(part) for part in shape.split("/")], options.page_size)
             counts = f"{row.block_tokens} | {row.unmasked} | {row.masked} | {row.spills}"
             print(f"| {target} | {shape} | {counts} | {row.issue_ns:.0f} ns | {row.memory_ns:.0f} ns |", flush=True)
             rows.append(asdict(row) | {"issue_ns": row.issue_ns, "memory_ns": row.memory_ns})
     if options.output:
-        Path(options.output).write_text(json.dumps({"page_size": PAGE_SIZE, "schedules": rows}, indent=1) + "\n")
+        Path(options.output).write_text(
+            json.dumps({"page_size": options.page_size, "schedules": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ that lie wholly before a row's window are not read, and their entries in the pag
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,18 +64,19 @@ def choose(
     num_kv_heads: int = 1,
     dtype: jnp.dtype = jnp.bfloat16,
     capability: str | None = None,
+    num_multiprocessors: int | None = None,
 ) -> Attention:
     """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
 
     "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. mesh: its axis "tp" shares out the
-    heads of a kernel; XLA partitions its own path. num_kv_heads: of the model; dtype: of the cache; capability: a GPU's
-    compute capability, where the mesh has no devices to ask. Raises ValueError where there is no such backend.
+    heads of a kernel; XLA partitions its own path. num_kv_heads: of the model; dtype: of the cache; the rest: what
+    gpu_facts says of a GPU. Raises ValueError where there is no such backend.
     """
     missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
     if is_gpu := platform in ("gpu", "cuda", "rocm"):
         from kernels_pallas import gpu  # a second that other devices need not wait
 
-        missing = gpu.why_not(capability or _capability(mesh), dtype)
+        missing = gpu.why_not(capability, dtype)
     if wanted == "xla" or (wanted == "auto" and (missing or platform == "cpu")):
         name = f"xla ({missing})" if wanted == "auto" and missing else "xla"
         return Attention(name, xla.plan, xla.attend)
@@ -84,17 +86,20 @@ def choose(
         raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
     if is_gpu:
         shards = 1 if mesh is None else mesh.shape["tp"]
-        plan = functools.partial(gpu.plan, num_kv_heads=max(num_kv_heads // shards, 1))
-        return Attention("pallas (the Hopper kernels)", plan, over_heads(gpu.attend, mesh), gpu.PAGE_MULTIPLE)
+        blocks = {} if num_multiprocessors is None else {"num_blocks": num_multiprocessors}
+        plan = functools.partial(gpu.plan, num_kv_heads=max(num_kv_heads // shards, 1), **blocks)
+        attend = over_heads(functools.partial(gpu.attend, **blocks), mesh)
+        return Attention("pallas (the Hopper kernels)", plan, attend, gpu.PAGE_MULTIPLE)
     interpret = platform == "cpu"
     attend = over_heads(functools.partial(tpu.attend, interpret=interpret), mesh)
     name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
     return Attention(f"pallas ({name})", tpu.plan, attend, 1 if interpret else tpu.PAGE_MULTIPLE)
 
 
-def _capability(mesh: Mesh | AbstractMesh | None) -> str | None:
-    """The compute capability of a mesh's GPUs, as JAX says it ("9.0"); None where nothing says so."""
-    return getattr(mesh.devices.flat[0], "compute_capability", None) if isinstance(mesh, Mesh) else None
+def gpu_facts(device: jax.Device) -> dict[str, Any]:
+    """What choose() asks of a device: its compute capability ("9.0") and multiprocessors; None where it has none."""
+    names = {"capability": "compute_capability", "num_multiprocessors": "core_count"}
+    return {name: getattr(device, attribute, None) for name, attribute in names.items()}
 
 
 def default_page_size(platform: str) -> int:
@@ -112,4 +117,5 @@ __all__ = [
     "Work",
     "choose",
     "default_page_size",
+    "gpu_facts",
 ]

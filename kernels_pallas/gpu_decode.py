@@ -158,10 +158,13 @@ def _items(
 
         def clear_behind(slot, length):
             """V behind the row's last token: what was never written may be NaN, and NaN times 0 is NaN."""
-            for value in values_of(kv_s, slot * head_rows, head_rows):
-                token = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
-                held = plgpu.load(value, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-                value[...] = jnp.where(token < length, held, 0.0).astype(pages.dtype)
+            shape = (PART, LANES // 2)  # half a row of lanes at a time: registers are full of sums
+            for row in range(head_rows // 2, head_rows):
+                for lane in range(0 if head_rows > 1 else LANES // 2, LANES, LANES // 2):
+                    value = kv_s.at[slot * head_rows + row, :, pl.ds(lane, LANES // 2)]
+                    token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                    held = plgpu.load(value, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+                    value[...] = jnp.where(token < length, held, 0.0).astype(pages.dtype)
             plgpu.commit_smem()
 
         def hand_over(index, maximum, total, *sums):

@@ -18,14 +18,14 @@ LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: exp2 of a difference of two of them is not NaN
 
 # Of the 168 a thread that three warpgroups start with: the one that fetches gives some to the two that compute.
-FETCH_REGISTERS, COMPUTE_REGISTERS = 56, 224
+FETCH_REGISTERS, COMPUTE_REGISTERS = 40, 232
 # Reductions are along rows, which lie within a warp: they need no shared memory.
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
 
 Interpret = Any  # None, or plgpu.InterpretGPUParams (JAX 0.11)
 
 
-def tiles(dtype: jnp.dtype) -> tuple[Any, ...]:
+def tiles(dtype: jnp.dtype | type) -> tuple[Any, ...]:
     """How TMA lays out a matrix in shared memory so that wgmma reads it without bank conflicts: rows of 128 bytes."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
@@ -71,7 +71,7 @@ def await_if(condition: jax.Array, barrier: Any) -> None:
 
 
 def product(
-    shape: tuple[int, int], pairs: Iterable[tuple[Any, Any]], meanwhile: Callable[[], None] = lambda: None
+    shape: tuple[int, ...], pairs: Iterable[tuple[Any, Any]], meanwhile: Callable[[], None] = lambda: None
 ) -> jax.Array:
     """The sum of a @ b over pairs of references to shared memory -> float32 in registers. meanwhile: what is done
     between asking the tensor cores and waiting for them."""

@@ -241,6 +241,10 @@ def _kernel(
         stage[parity] = merged
         write_back(row, parity).start()
 
+    def clear_tail(row: jax.Array, slot: jax.Array) -> None:
+        """The tiles of a row's last page behind the one that the new token is put into."""
+        offset = lax.rem(kv_lens[row] - 1, block_tokens)
+
         @pl.loop(offset // tile + 1, pl.cdiv(offset + 1, page_size) * (page_size // tile))
         def _(index: jax.Array) -> None:
             clear(slot, index * tile, tile)
@@ -289,6 +293,10 @@ def _kernel(
             @pl.when((block == 0) & jnp.logical_not(last))
             def _() -> None:
                 attend(kv_lens[row])
+
+        @pl.when(last)
+        def _() -> None:
+            clear_tail(row, slot)
 
         @pl.when(last)
         def _() -> None:

@@ -20,7 +20,7 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
-from kernels_pallas.attention import Attention, choose
+from kernels_pallas.attention import Attention, choose, gpu_facts
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def build(config: EngineConfig, report: Report) -> Engine:
         config=model,
         layout=Layout.of(platform),
         structure=structure,
-        attention=_attention(config, platform, mesh, model.num_kv_heads, dtype, sizes.scheduler.page_size),
+        attention=_attention(config, devices[0], mesh, model.num_kv_heads, dtype, sizes.scheduler.page_size),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
         chunk_size=sizes.scheduler.chunk_size,
@@ -89,10 +89,13 @@ def devices_of(config: EngineConfig) -> list[jax.Device]:
 
 
 def _attention(
-    config: EngineConfig, platform: str, mesh: Mesh, num_kv_heads: int, dtype: jnp.dtype, page_size: int
+    config: EngineConfig, device: jax.Device, mesh: Mesh, num_kv_heads: int, dtype: jnp.dtype, page_size: int
 ) -> Attention:
+    facts = gpu_facts(device)
     try:
-        attention = choose(platform, config.attention_backend, mesh, num_kv_heads=num_kv_heads, dtype=dtype)
+        attention = choose(
+            device.platform, config.attention_backend, mesh, num_kv_heads=num_kv_heads, dtype=dtype, **facts
+        )
     except ValueError as error:
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
     if page_size % attention.page_multiple:

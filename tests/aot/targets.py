@@ -25,7 +25,7 @@ from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
-from kernels_pallas.attention import choose
+from kernels_pallas.attention import choose, gpu_facts
 
 SMOLLM2 = ModelConfig(30, 576, 9, 3, 64, 1536, 49152, 8192, rope_theta=1e5, tie_embeddings=True)
 LLAMA_1B = ModelConfig(16, 2048, 32, 8, 64, 8192, 128256, 131072, rope_theta=5e5, tie_embeddings=True)
@@ -94,7 +94,8 @@ def target_of(
     sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts(platform, num_devices, None))
     dtype = jnp.dtype(sizes.dtype)
     structure, description = describe(model, dtype, mesh, platform)
-    attention = choose(platform, backend, mesh, num_kv_heads=model.num_kv_heads, dtype=dtype)
+    facts = gpu_facts(devices[0])
+    attention = choose(platform, backend, mesh, num_kv_heads=model.num_kv_heads, dtype=dtype, **facts)
     runs = sizes.scheduler
     sizes_of_step = (runs.page_size, runs.max_pages, runs.chunk_size)
     shape = StepShape(model, Layout.of(platform), structure, attention, *sizes_of_step)
