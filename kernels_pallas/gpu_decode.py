@@ -81,7 +81,7 @@ def plan(
     ends = jnp.cumsum(-(-parts // per_item))
     first_items = jnp.pad(ends, (1, 0)).astype(jnp.int32)
     item = jnp.arange(num_rows + wanted, dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_rows - 1).astype(jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, item, side="right", method="compare_all"), num_rows - 1).astype(jnp.int32)
     return DecodeWork(
         kv_lens=kv_lens,
         page_table=page_table,
@@ -193,7 +193,7 @@ def _items(
             for each, lanes in enumerate(columns):
                 plgpu.copy_smem_to_gmem(out_s.at[each, pl.ds(0, rows)], out.at[item, tile, :, lanes])
             plgpu.copy_smem_to_gmem(lines_s.at[2, pl.ds(0, rows)], logs.at[item, tile])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(taken)
 
         @pl.when(group == 2)

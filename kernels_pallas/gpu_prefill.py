@@ -69,7 +69,9 @@ def plan(
     """page_table [R, M], kv_lens [R], starts [R + 1], positions [T] as in PrefillChunks; T: a multiple of 64."""
     num_tiles = positions.shape[0] // ROWS
     token = jnp.arange(num_tiles, dtype=jnp.int32) * ROWS
-    row = jnp.clip(jnp.searchsorted(starts, token, side="right") - 1, 0, page_table.shape[0] - 1).astype(jnp.int32)
+    row = jnp.clip(
+        jnp.searchsorted(starts, token, side="right", method="compare_all") - 1, 0, page_table.shape[0] - 1
+    ).astype(jnp.int32)
     start = positions[token]
     used = start < kv_lens[row]
     leads = used & ((token - starts[row]) // ROWS % 2 == 0)

@@ -52,7 +52,8 @@ def _plan_rows(rows: "DecodeRows", page_size: int) -> RowWrites:
 def _plan_chunks(chunks: "PrefillChunks", page_size: int) -> ChunkWrites:
     num_rows, max_pages = chunks.page_table.shape
     token = jnp.arange(chunks.positions.shape[0])
-    row = jnp.clip(jnp.searchsorted(chunks.starts, token, side="right") - 1, 0, num_rows - 1)
+    row = jnp.searchsorted(chunks.starts, token, side="right", method="compare_all") - 1  # no loop: R is small
+    row = jnp.clip(row, 0, num_rows - 1)
     real = chunks.positions < chunks.kv_lens[row]
     first = slice(None, None, page_size)  # chunks start on page borders, so page_size tokens share a page
     page = chunks.page_table[row[first], jnp.clip(chunks.positions[first] // page_size, 0, max_pages - 1)]
