@@ -27,7 +27,8 @@ Interpret = Any  # None, or plgpu.InterpretGPUParams (JAX 0.11)
 
 def tiles(dtype: jnp.dtype | type) -> tuple[Any, ...]:
     """How TMA lays out a matrix in shared memory so that wgmma reads it without bank conflicts: rows of 128 bytes."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+    mosaic: Any = plgpu  # whose transforms are children of a protocol, which the type checker takes for abstract
+    return mosaic.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), mosaic.SwizzleTransform(128)
 
 
 def head_parts(num_kv_heads: int, num_page_rows: int) -> int:
@@ -71,7 +72,7 @@ def await_if(condition: jax.Array, barrier: Any) -> None:
 
 
 def product(
-    shape: tuple[int, ...], pairs: Iterable[tuple[Any, Any]], meanwhile: Callable[[], None] = lambda: None
+    shape: tuple[int, int], pairs: Iterable[tuple[Any, Any]], meanwhile: Callable[[], None] = lambda: None
 ) -> jax.Array:
     """The sum of a @ b over pairs of references to shared memory -> float32 in registers. meanwhile: what is done
     between asking the tensor cores and waiting for them."""
@@ -94,7 +95,7 @@ def add_products(
     if scratch is not None:
         scratch[...] = a
         plgpu.commit_smem()
-        added = [total + product(total.shape, [(scratch, b)]) for total, b in zip(totals, values, strict=True)]
+        added = [total + product((ROWS, b.shape[1]), [(scratch, b)]) for total, b in zip(totals, values, strict=True)]
         meanwhile()
         return added
 

@@ -241,25 +241,17 @@ def _kernel(
         stage[parity] = merged
         write_back(row, parity).start()
 
-    def clear_tail(row: jax.Array, slot: jax.Array) -> None:
-        """The tiles of a row's last page behind the one that the new token is put into."""
+    def clear_behind(row: jax.Array, slot: jax.Array, turn: jax.Array) -> None:
+        """The tiles of a row's last page behind the one that the new token is put into: what was never written may be
+        NaN, and NaN times a weight of 0 is NaN. In a buffer's first use also what no page fills; later, that is of an
+        earlier row."""
         offset = lax.rem(kv_lens[row] - 1, block_tokens)
+        end = jnp.where(turn < 2, block_tokens, pl.cdiv(offset + 1, page_size) * page_size)
 
-        @pl.loop(offset // tile + 1, pl.cdiv(offset + 1, page_size) * (page_size // tile))
+        @pl.loop(offset // tile + 1, end // tile)
         def _(index: jax.Array) -> None:
-            clear(slot, index * tile, tile)
-
-    def clear(slot: jax.Array, start: jax.Array, tokens: int) -> None:
-        """What was never written may be NaN, and NaN times a weight of 0 is NaN."""
-        place = pl.ds(pl.multiple_of(start, tokens), tokens)
-        buffers[slot, :, place, :] = jnp.zeros((buffers.shape[1], tokens, LANES), buffers.dtype)
-
-    def clear_unfetched(row: jax.Array, block: jax.Array, slot: jax.Array) -> None:
-        """Before a buffer's first use: later, what is not fetched is of an earlier row."""
-
-        @pl.loop(used_pages(row, block) * (page_size // tile), block_tokens // tile)
-        def _(index: jax.Array) -> None:
-            clear(slot, index * tile, tile)
+            place = pl.ds(pl.multiple_of(index * tile, tile), tile)
+            buffers[slot, :, place, :] = jnp.zeros((buffers.shape[1], tile, LANES), buffers.dtype)
 
     def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         row, block, slot, num_written, turn = carry
@@ -272,10 +264,6 @@ def _kernel(
             fetch(next_row, next_block, 1 - slot)
 
         wait(row, block, slot)
-
-        @pl.when(turn < 2)
-        def _() -> None:
-            clear_unfetched(row, block, slot)
 
         @pl.when(block == 0)
         def _() -> None:
@@ -296,7 +284,7 @@ def _kernel(
 
         @pl.when(last)
         def _() -> None:
-            clear_tail(row, slot)
+            clear_behind(row, slot, turn)
 
         @pl.when(last)
         def _() -> None:
