@@ -4,7 +4,7 @@ python -m bench.gpu [--output bench/results/gpu-DEVICE.json] [--small] [--second
 
 Each part is a process of its own, so that one that fails or takes too long leaves the others their figures and the
 device's memory; the file is written after each. The model has Llama 3.1 8B's shapes, random weights, and a tokenizer of
-bytes: speed does not depend on what they are. --small: a tiny model, and the Hopper kernels interpreted, on a CPU.
+bytes and words: speed does not depend on what they are. --small: a tiny model, and the Hopper kernels interpreted, on a CPU.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B = {
@@ -51,10 +51,12 @@ TINY = LLAMA_8B | {
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """config.json and a tokenizer that knows bytes: all that random weights need."""
+    """config.json and a tokenizer that knows bytes, and a word for every other token that random weights may choose."""
     words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"w{number}" for number in range(len(words), config["vocab_size"])]
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
