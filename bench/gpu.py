@@ -1,10 +1,11 @@
-"""What bench/gpu.sh runs: the kernels, the device step, and a server under load, into one JSON.
+"""What bench/gpu.sh runs: the kernels, a server under load, and the device step, into one JSON.
 
 python -m bench.gpu [--output bench/results/gpu-DEVICE.json] [--small] [--seconds 540]
 
 Each part is a process of its own, so that one that fails or takes too long leaves the others their figures and the
 device's memory; the file is written after each. The model has Llama 3.1 8B's shapes, random weights, and a tokenizer of
-bytes and words: speed does not depend on what they are. --small: a tiny model, and the Hopper kernels interpreted, on a CPU.
+bytes and words: speed does not depend on what they are. --small: a tiny model, and the Hopper kernels interpreted, on a
+CPU.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
     config, dtype = str(model / "config.json"), "float32" if small else "bfloat16"
     return {
         "kernels": ["bench.kernels", *shape, *output("kernels")],
-        "step": ["bench.step", "--config", config, "--dtype", dtype, "--seconds", "1", *step, *output("step")],
         "server": ["jaxserve", "bench", *server, *load, *output("server")],
+        "step": ["bench.step", "--config", config, "--dtype", dtype, "--seconds", "1", *step, *output("step")],
     }
 
 
@@ -116,7 +117,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--small", action="store_true", help="a trial of all of it on a CPU")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
-    parser.add_argument("--only", nargs="+", choices=("kernels", "step", "server"), help="these parts")
+    parser.add_argument("--only", nargs="+", choices=("kernels", "server", "step"), help="these parts")
     args = parser.parse_args()
     start = time.monotonic()
     result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "small": args.small, "parts": {}}
