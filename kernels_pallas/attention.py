@@ -52,7 +52,9 @@ class Attention:
     page_multiple: int = 1  # page sizes it can have are multiples of this
 
 
-def choose(platform: str, wanted: str = "auto", mesh: jax.sharding.Mesh | None = None) -> Attention:
+def choose(
+    platform: str, wanted: str = "auto", mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
+) -> Attention:
     """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
 
     "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. mesh: its axis "tp" shares out the

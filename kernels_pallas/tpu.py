@@ -35,7 +35,7 @@ def attend(
     layer: int | jax.Array,
     work: Work,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     max_block_tokens: int | None = None,
     interpret: tpu_decode.Interpret = False,
 ) -> tuple[jax.Array, KVCache]:
