@@ -67,7 +67,7 @@ COMMANDS = {
     "serve": Command(_serve_model, "serve a model, as jaxserve without a command does"),
     "chat": Command(_chat, "talk to a model at the terminal, or on a pipe"),
     "bench": Command(_bench, "send load to a server and measure what its clients see"),
-    "plan": Command(_plan, "say whether a model fits accelerators that are not here, and how fast at best"),
+    "plan": Command(_plan, "say whether a model fits accelerators that are not here"),
     "batch": Command(_batch, "answer a file of requests without a server"),
 }
 

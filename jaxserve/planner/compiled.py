@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ class CompiledStep:
     temporaries: int
     code: int
     collectives: dict[str, int]
+    cache_copies: int = 0  # instructions that make an array of the cache's shape, besides the kernels that write it
     error: str | None = None
     out_of_memory: bool = False
 
@@ -39,51 +40,43 @@ class CompiledStep:
 
 
 def compile_step(blueprint: Blueprint, bucket: Bucket, platform: str) -> CompiledStep:
-    """As the engine would for the mesh of the blueprint, which is one to compile for."""
-    return _compile(blueprint, bucket, platform)[0]
-
-
-def compile_program(blueprint: Blueprint, bucket: Bucket, platform: str) -> tuple[CompiledStep, list[Any]]:
-    """The same with the compiled programs: one, or on CPU the stages of a step."""
-    return _compile(blueprint, bucket, platform)
-
-
-def _compile(blueprint: Blueprint, bucket: Bucket, platform: str) -> tuple[CompiledStep, list[Any]]:
+    """As the engine would (on CPU a step is several programs), for the mesh of the blueprint: one to compile for."""
     target = blueprint.runner.target(
         jax.tree.map(Parameter.abstract, blueprint.parameters),
         layers_per_program(blueprint.shape.config.num_layers, platform),
     )
-    started, programs = time.monotonic(), []
+    started = time.monotonic()
     with compiling_for(target), precision(target.params):
         try:
             programs = [lower().compile() for lower in lowerings(target, [bucket]).values()]
+            texts = [program.as_text() for program in programs]
         except JaxRuntimeError as error:
             text = str(error)
             full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-            return _failed(bucket, time.monotonic() - started, text, full), []
+            return _failed(bucket, time.monotonic() - started, text, full)
     analyses = [program.memory_analysis() for program in programs]
-    total = sum((collectives(program.as_text()) for program in programs), Counter())
-    step = CompiledStep(
+    pages = target.state.cache.pages
+    shape = pages.sharding.shard_shape(pages.shape)
+    return CompiledStep(
         bucket=bucket,
         seconds=time.monotonic() - started,
         arguments=max(each.argument_size_in_bytes for each in analyses),
         temporaries=max(each.temp_size_in_bytes for each in analyses),
         code=sum(each.generated_code_size_in_bytes for each in analyses),
-        collectives=dict(total),
+        collectives=dict(sum(map(collectives, texts), Counter())),
+        cache_copies=sum(count for text in texts for count in copies_of(shape, text).values()),
     )
-    return step, programs
 
 
 def _failed(bucket: Bucket, seconds: float, text: str, out_of_memory: bool) -> CompiledStep:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = next((line for line in lines if "Used" in line or "hbm" in line.lower()), lines[0] if lines else "?")
-    return CompiledStep(bucket, seconds, 0, 0, 0, {}, error=said[:300], out_of_memory=out_of_memory)
+    said = " ".join(text.split())[:400]
+    return CompiledStep(bucket, seconds, 0, 0, 0, {}, error=said, out_of_memory=out_of_memory)
 
 
 @contextmanager
-def compiling_for(target: Any) -> Iterator[None]:
+def compiling_for(target: Any) -> Generator[None]:
     """Kernels ask the ambient mesh what they are compiled for."""
-    mesh = target.replicated.mesh
+    mesh = target.params.embed[0].sharding.mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
@@ -97,3 +90,18 @@ def collectives(text: str) -> Counter[str]:
     """How many of each kind; an asynchronous pair counts once."""
     kinds = (opcode.removesuffix("-start") for _, _, opcode in instructions(text))
     return Counter(kind for kind in kinds if kind in COLLECTIVES)
+
+
+# A tuple, its element or a reinterpretation is no new array; kernels write the one they are given.
+_NO_COPY = {"parameter", "tuple", "get-tuple-element", "bitcast", "custom-call", "call", "while", "conditional"}
+
+
+def makers_of(shape: tuple[int, ...], text: str) -> Counter[str]:
+    """Opcodes of the instructions whose result is, or holds, an array of this shape."""
+    written = f"[{','.join(map(str, shape))}]"
+    return Counter(opcode for _, result, opcode in instructions(text) if written in result)
+
+
+def copies_of(shape: tuple[int, ...], text: str) -> Counter[str]:
+    """Those of them that may need room for one more."""
+    return Counter({opcode: count for opcode, count in makers_of(shape, text).items() if opcode not in _NO_COPY})

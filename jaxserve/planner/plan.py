@@ -6,14 +6,15 @@ from typing import Any
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
 from jaxserve.engine.build import Blueprint, draw
-from jaxserve.engine.sizing import DeviceFacts
+from jaxserve.engine.chips import CHIPS, GIB
+from jaxserve.engine.sizing import DeviceFacts, resolve
 from jaxserve.planner.compiled import CompiledStep, compile_step
 from jaxserve.planner.footprint import Footprint, footprint
 from jaxserve.planner.models import read_model
 from jaxserve.planner.roofline import StepTime, step_time
 from jaxserve.planner.slices import SLICES, Slice, parse_slice, single_hosts
 from jaxserve.planner.targets import abstract_mesh, compile_mesh, why_no_compiler
-from jaxserve.scheduling.buckets import buckets
+from jaxserve.scheduling.buckets import SchedulerConfig, buckets
 from jaxserve.scheduling.plan import Bucket
 
 SCHEMA_VERSION = 1
@@ -94,7 +95,7 @@ class Question:
     name: str
     model: ModelConfig
     engine: Mapping[str, Any]  # EngineConfig fields, as the server's flags set them
-    context: int | None
+    context: int
     users: int | None
 
     def config(self) -> EngineConfig:
@@ -155,21 +156,16 @@ def answer(question: Question, where: Slice, *, compile_steps: bool) -> Plan:
     """Arithmetic first; what does not fit by it is not compiled."""
     missing = why_no_compiler(where) if compile_steps else "only the arithmetic was asked for"
     facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory)
-    base = {
-        "model": question.name,
-        "topology": where.name,
-        "num_devices": where.num_devices,
-        "num_hosts": where.num_hosts,
-    }
+    where_to = (where.name, where.num_devices, where.num_hosts)
+    plan = Plan(question.name, *where_to, fits=False, reason=None, context=question.context, not_compiled=missing)
     try:
         make_mesh = abstract_mesh if missing else compile_mesh
         blueprint = draw(question.model, question.config(), facts, lambda sizes: make_mesh(where, sizes))
         sums = _footprint(blueprint, where)
     except ConfigError as error:
-        return Plan(**base, fits=False, reason=str(error), context=question.context, not_compiled=missing)
+        return replace(plan, reason=str(error))
     compiled = () if missing else tuple(_compiled(blueprint, where))
-    plan = _counted(question, where, blueprint, sums, base, compiled)
-    return replace(plan, not_compiled=missing)
+    return _counted(plan, question, where, blueprint, sums, compiled)
 
 
 def _footprint(blueprint: Blueprint, where: Slice) -> Footprint:
@@ -191,31 +187,27 @@ def largest(blueprint: Blueprint) -> list[Bucket]:
 
 
 def _counted(
+    plan: Plan,
     question: Question,
     where: Slice,
     blueprint: Blueprint,
     sums: Footprint,
-    base: Mapping[str, Any],
     compiled: tuple[CompiledStep, ...],
 ) -> Plan:
     sizes, context = blueprint.sizes.scheduler, question.context
-    assert context is not None
-    per_user = -(-context // sizes.page_size)
-    by_memory = sums.dp * ((sizes.num_pages - 1) // per_user)
-    by_rows = sums.dp * sizes.max_running
+    by_memory, by_rows = _users(question, sizes, sums.dp)
     users = min(by_memory, by_rows)
     memory = _memory(where, sums, compiled)
-    reason = _reason(question, where, blueprint, users, memory, compiled)
+    reason = _refusal(memory, compiled) or _shortage(question, sizes, users)
     shown = min(question.users or users, users)
-    return Plan(
-        **base,
+    return replace(
+        plan,
         fits=reason is None,
         reason=reason,
         dtype=blueprint.sizes.dtype,
         dp=sums.dp,
         tp=sums.tp,
         memory=memory,
-        context=context,
         max_model_len=sizes.max_model_len,
         kv_tokens=sums.dp * (sizes.num_pages - 1) * sizes.page_size,
         users=users,
@@ -246,26 +238,29 @@ def _memory(where: Slice, sums: Footprint, compiled: tuple[CompiledStep, ...]) -
     )
 
 
-def _reason(
-    question: Question,
-    where: Slice,
-    blueprint: Blueprint,
-    users: int,
-    memory: Memory,
-    compiled: tuple[CompiledStep, ...],
-) -> str | None:
-    """Why it does not fit; None where it does."""
-    for step in compiled:
-        if step.error is not None:
-            kind = "out of memory" if step.out_of_memory else "the compiler refuses"
-            return f"{kind}: the step of {step.bucket.num_tokens} tokens: {step.error}"
-        if memory.available is not None and step.needed > memory.available:
-            return f"a step of {step.bucket.num_tokens} tokens needs {step.needed} bytes of {memory.available}"
-    sizes = blueprint.sizes.scheduler
-    if question.context is not None and question.context > sizes.max_model_len:
-        return f"the KV cache holds {sizes.max_model_len} tokens, less than a context of {question.context}"
+def _users(question: Question, sizes: SchedulerConfig, dp: int) -> tuple[int, int]:
+    """How many the cache holds, and how many rows there are, on dp ranks."""
+    per_user = -(-question.context // sizes.page_size)
+    return dp * ((sizes.num_pages - 1) // per_user), dp * sizes.max_running
+
+
+def _shortage(question: Question, sizes: SchedulerConfig, users: int) -> str | None:
+    """What is too small for what was asked; None where nothing is."""
+    if question.context > sizes.max_model_len:
+        return f"the longest context is {sizes.max_model_len} tokens, less than {question.context}"
     if users < (question.users or 1):
         return f"{users} users of {question.context} tokens fit, not {question.users or 1}"
+    return None
+
+
+def _refusal(memory: Memory, compiled: tuple[CompiledStep, ...]) -> str | None:
+    """What the compiler has against it."""
+    for step in compiled:
+        what = f"the step of {step.bucket.num_decode} rows and {step.bucket.num_prefill} prompt tokens"
+        if step.error is not None:
+            return f"{what} {'is out of memory' if step.out_of_memory else 'does not compile'}: {step.error}"
+        if memory.available is not None and step.needed > memory.available:
+            return f"{what} needs {step.needed / GIB:.2f} GiB of {memory.available / GIB:.2f}"
     return None
 
 
@@ -286,7 +281,12 @@ def _prompt(where: Slice, blueprint: Blueprint, sums: Footprint, context: int) -
 
 def _smallest(question: Question, family: str) -> str | None:
     for axes in SLICES[family]:
-        where = Slice(parse_slice(family).chip, axes)
-        if answer(question, where, compile_steps=False).fits:
+        where = Slice(CHIPS[family], axes)
+        facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory)
+        try:
+            sizes = resolve(question.model, question.config(), facts)
+        except ConfigError:
+            continue
+        if _shortage(question, sizes.scheduler, min(_users(question, sizes.scheduler, 1))) is None:
             return where.name
     return None
