@@ -18,13 +18,11 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: no accelerator is touched
 
 from jaxserve.config import ConfigError
-from jaxserve.engine.build import Blueprint, draw
-from jaxserve.engine.sizing import DeviceFacts
 from jaxserve.planner.compiled import compile_step
 from jaxserve.planner.models import read_model
-from jaxserve.planner.plan import ask, largest
+from jaxserve.planner.plan import ask, draw_on, largest
 from jaxserve.planner.slices import Slice, parse_slice
-from jaxserve.planner.targets import compile_mesh, why_no_compiler
+from jaxserve.planner.targets import why_no_compiler
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
 
@@ -32,19 +30,12 @@ MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.3-70B")
 TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
 
 
-def blueprint_for(model: str, where: Slice, **engine: Any) -> Blueprint:
-    """Raises ConfigError where the engine refuses the slice."""
-    question = ask(model, context=None, users=None, engine=engine)
-    facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory)
-    return draw(question.model, question.config(), facts, lambda sizes: compile_mesh(where, sizes))
-
-
 def rows_of(model: str, where: Slice, steps: str) -> Iterable[dict[str, Any]]:
     """One result for every step, or one that says why there is none."""
     base = {"model": read_model(model)[0], "topology": where.name, "devices": where.num_devices}
     try:
-        blueprint = blueprint_for(model, where)
-    except (ConfigError, ValueError) as error:
+        blueprint, _ = draw_on(where, ask(model, context=None, users=None, engine={}), to_compile=True)
+    except ConfigError as error:
         yield base | {"refused": str(error)}
         return
     wanted: Sequence[Bucket] = largest(blueprint) if steps == "largest" else buckets(blueprint.sizes.scheduler)

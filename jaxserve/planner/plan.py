@@ -155,22 +155,23 @@ def ask(model: str, *, context: int | None, users: int | None, engine: Mapping[s
 def answer(question: Question, where: Slice, *, compile_steps: bool) -> Plan:
     """Arithmetic first; what does not fit by it is not compiled."""
     missing = why_no_compiler(where) if compile_steps else "only the arithmetic was asked for"
-    facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory)
     where_to = (where.name, where.num_devices, where.num_hosts)
     plan = Plan(question.name, *where_to, fits=False, reason=None, context=question.context, not_compiled=missing)
     try:
-        make_mesh = abstract_mesh if missing else compile_mesh
-        blueprint = draw(question.model, question.config(), facts, lambda sizes: make_mesh(where, sizes))
-        sums = _footprint(blueprint, where)
+        blueprint, sums = draw_on(where, question, to_compile=missing is None)
     except ConfigError as error:
         return replace(plan, reason=str(error))
     compiled = () if missing else tuple(_compiled(blueprint, where))
     return _counted(plan, question, where, blueprint, sums, compiled)
 
 
-def _footprint(blueprint: Blueprint, where: Slice) -> Footprint:
+def draw_on(where: Slice, question: Question, *, to_compile: bool) -> tuple[Blueprint, Footprint]:
+    """The engine for a slice. Raises ConfigError where it refuses the slice."""
+    facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory)
+    make_mesh = compile_mesh if to_compile else abstract_mesh
+    blueprint = draw(question.model, question.config(), facts, lambda sizes: make_mesh(where, sizes))
     try:
-        return footprint(blueprint)
+        return blueprint, footprint(blueprint)
     except ValueError as error:  # a shard of an array is asked for that does not divide
         raise ConfigError(f"the model's heads do not divide by {where.num_devices} devices") from error
 
