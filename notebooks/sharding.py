@@ -83,6 +83,7 @@ for leaf in [*params.embed, *params.layers[0], *params.head]:
 # `jax.debug.visualize_array_sharding` draws an array with the device of each part: a product that splits its outputs,
 # one that splits its inputs, and the embedding, which splits the vocabulary.
 
+
 # %%
 def show(part: str) -> None:
     leaf = next(leaf for leaf in [*params.layers[0], *params.embed] if part in leaf.path and "kernel" in leaf.path)

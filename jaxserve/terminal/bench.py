@@ -16,7 +16,7 @@ from jaxserve.flag_values import at_least, positive
 from jaxserve.terminal.figures import comparison, summarise, table
 from jaxserve.terminal.http import Server, base_url
 from jaxserve.terminal.load import Load, Reply, make_prompts, run
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
+from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start, server_flags
 
 OTHER_SEED = 1_000_003  # between two sets of prompts, so that none is a prefix of what is measured
 INTERRUPTED = 130
@@ -81,8 +81,10 @@ def _rate(text: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """The process's exit code."""
-    args, flags = arguments().parse_known_args(list(argv))
+    parser = arguments()
+    args, rest = parser.parse_known_args(list(argv))
     try:
+        flags = server_flags(parser, rest)
         url, api_key = address(args.url, args.api_key, os.environ)
         with find_or_start(url, args.model, api_key, flags) as (server, model):
             results = measure(args, server, model)

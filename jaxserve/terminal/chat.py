@@ -12,7 +12,7 @@ from typing import Any
 from jaxserve.terminal.conversation import COMMANDS, Ask, CommandRefused, Conversation, Leave, follow
 from jaxserve.terminal.http import Server, ServerError, base_url
 from jaxserve.terminal.screen import LineEditing, Style, history_path, read_message
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
+from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start, server_flags
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 CLOSED_PIPE = 141  # and for a reader that went away
@@ -73,10 +73,12 @@ class Answer:
 
 def main(argv: Sequence[str]) -> int:
     """The process's exit code."""
-    args, flags = arguments().parse_known_args(list(argv))
+    parser = arguments()
+    args, rest = parser.parse_known_args(list(argv))
     try:
-        if flags and not flags[0].startswith("-"):
-            raise CommandError(f"unexpected argument {flags[0]!r}; a question is given by --prompt")
+        if rest and not rest[0].startswith("-"):
+            raise CommandError(f"unexpected argument {rest[0]!r}; a question is given by --prompt")
+        flags = server_flags(parser, rest)
         question = _question(args.prompt)
         talk = Conversation("", args.system, _params(args))
         url, api_key = address(args.url, args.api_key, os.environ)

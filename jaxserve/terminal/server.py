@@ -2,7 +2,9 @@
 own, which lives as long as the command does.
 """
 
+import argparse
 import ctypes
+import difflib
 import os
 import secrets
 import signal
@@ -37,6 +39,19 @@ def address(url: str | None, api_key: str | None, environ: Mapping[str, str]) ->
         except ValueError as error:
             raise CommandError(f"JAXSERVE_URL: {error}") from None
     return url, api_key or environ.get("JAXSERVE_API_KEY") or None
+
+
+def server_flags(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Sequence[str]:
+    """What a command's parser left over, which must be flags of the server. Raises CommandError."""
+    if not rest:
+        return rest
+    try:
+        parse(rest)
+    except FlagError as error:
+        name = rest[0].partition("=")[0]
+        close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        raise CommandError(f"unknown flag {name}; did you mean {close[0]}?" if close else str(error)) from None
+    return rest
 
 
 def served_models(server: Server, timeout: float = 10.0) -> list[dict[str, Any]]:
