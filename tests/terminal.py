@@ -133,7 +133,7 @@ def chat_server(script: Script, models: tuple[str, ...] = ("fake",)) -> Iterator
                 try:
                     self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
                 except OSError:
-                    bodies[-1]["left"] = True
+                    body["left"] = True
                     return
             self.wfile.write(b"data: [DONE]\n\n")
 

@@ -50,6 +50,7 @@ def test_a_conversation_streams_remembers_and_stops(home, tmp_path):
         term.interrupt()
         term.expect("stopped")
         term.expect(">>> ")
+        time.sleep(0.2)  # as people do: in its first moments input() notices an interrupt at the next key only
         term.interrupt()  # at the prompt: the line is dropped, the program stays
         term.say("first \\\nsecond")
         term.expect(r"\.\.\. ")

@@ -208,7 +208,7 @@ def _stream(server: Server, talk: Conversation, answer: Answer, style: Style, *,
                     thinking = True
                     print(style.dim(thought), end="", flush=True)
                 if text:
+                    answer.text += text  # first, so that an interrupt loses nothing that was seen
                     print(("\n\n" if thinking else "") + text, end="", flush=True)
                     thinking = False
-                    answer.text += text
     answer.seconds = time.perf_counter() - start
