@@ -44,6 +44,12 @@ $(STAMP): pyproject.toml requirements/py311.txt requirements/py312.txt tools/set
 	@sh tools/setup.sh $(VENV) $(PYTHON)
 	@touch $@
 
+# What notebooks need besides (150 MB): not for those who only serve.
+NOTEBOOKS := $(VENV)/.notebooks
+$(NOTEBOOKS): requirements/notebooks.txt | $(STAMP)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements/notebooks.txt
+	@touch $@
+
 missing-python:
 
 setup: $(STAMP)
@@ -57,7 +63,7 @@ halves = @log=$$(mktemp); $(pytest) --part model >$$log 2>&1 & half=$$!; \
 	echo '==> what needs the default model'; wait $$half; model=$$?; cat $$log; rm -f $$log; \
 	exit $$((rest ? rest : model))
 
-test: $(STAMP)
+test: $(STAMP) $(NOTEBOOKS)
 	$(if $(TESTS),$(pytest) $(TESTS),$(halves))
 
 test-all: export JAXSERVE_SLOW := 1
@@ -97,6 +103,10 @@ docs: $(STAMP)
 	mv docs/coming-from.md.new docs/coming-from.md
 	$(PY) -m tools.api_doc
 
+# ARGS="paged_attention sharding": only these.
+notebooks: $(STAMP) $(NOTEBOOKS)
+	$(PY) -m tools.notebooks $(ARGS)
+
 docs-check: $(STAMP)
 	$(PY) -m tools.docs_check $(ARGS)
 
@@ -105,6 +115,9 @@ compile := $(PY) -m uv pip compile -q --no-header --no-annotate --no-emit-index-
 lock: $(STAMP)
 	$(compile) --python-version 3.11 pyproject.toml -o requirements/py311.txt
 	$(compile) --python-version 3.12 -c requirements/constraints-py312.txt pyproject.toml -o requirements/py312.txt
+	$(compile) --extra notebooks --python-version 3.11 -c requirements/py311.txt pyproject.toml -o requirements/notebooks.all
+	grep -vxFf requirements/py311.txt requirements/notebooks.all > requirements/notebooks.txt
+	rm requirements/notebooks.all
 
 wheel: $(STAMP)
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation --no-index -w dist .

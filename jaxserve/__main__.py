@@ -4,6 +4,7 @@ Imports nothing heavy before a command line has been read.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,16 @@ def _batch(argv: list[str]) -> int:
     return answer(job)
 
 
+def _plan(argv: list[str]) -> int:
+    from jaxserve.plan_flags import parse_or_exit
+
+    job = parse_or_exit(argv)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: no accelerator is touched
+    from jaxserve.planner.command import run
+
+    return run(job)
+
+
 def _chat(argv: list[str]) -> int:
     from jaxserve.terminal import chat
 
@@ -56,6 +67,7 @@ COMMANDS = {
     "serve": Command(_serve_model, "serve a model, as jaxserve without a command does"),
     "chat": Command(_chat, "talk to a model at the terminal, or on a pipe"),
     "bench": Command(_bench, "send load to a server and measure what its clients see"),
+    "plan": Command(_plan, "say whether a model fits accelerators that are not here"),
     "batch": Command(_batch, "answer a file of requests without a server"),
 }
 

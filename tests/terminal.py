@@ -52,11 +52,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
 
+    def say(self, text: str) -> None:
+        """A message, once it is asked for: what is typed before belongs to nobody yet."""
+        self.expect(">>> ")
+        self.type(text + "\n")
+
     def interrupt(self) -> None:
         self.type("\x03")
 
     def leave(self) -> int:
-        """Ctrl-D, and the exit code that comes of it."""
+        """Ctrl-D at the prompt, and the exit code that comes of it."""
+        self.expect(">>> ")
         self.type("\x04")
         return self.wait()
 
@@ -127,7 +133,7 @@ def chat_server(script: Script, models: tuple[str, ...] = ("fake",)) -> Iterator
                 try:
                     self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
                 except OSError:
-                    bodies[-1]["left"] = True
+                    body["left"] = True
                     return
             self.wfile.write(b"data: [DONE]\n\n")
 

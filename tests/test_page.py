@@ -483,6 +483,17 @@ def test_a_start_is_watched_and_an_end_is_told(chromium: Any):
         visit.close()
 
 
+def test_a_server_of_embeddings_says_so_and_shows_its_engine(chromium: Any):
+    with PageServer(TEXTS, engine={"generates": False}) as server:
+        visit = Visit(chromium, server.url).ready()
+        visit.page.get_by_text("This server makes vectors").wait_for()
+        visit.field().fill("hi")
+        assert visit.button("Send").is_disabled()
+        visit.page.get_by_role("tab", name="Engine").click()
+        visit.page.wait_for_selector(".engine-body:not([hidden])")
+        visit.close()
+
+
 def test_what_the_server_refuses_is_shown_in_its_words(visit: Visit):
     visit.ready()
     visit.page.keyboard.press("Control+,")

@@ -387,7 +387,7 @@ def test_counting_while_sampling_equals_being_admitted_with_the_history():
         assert int(sampled.token_ids[0]) == again
         history.append(int(again))
     fresh = admit_slot(init_state(SLOTS, V, MAX_STOP), 2, history, len(prompt))
-    for name in ("counts", "prompt_seen", "bias", "stop_ids"):
+    for name in ("counts", "bias", "stop_ids"):
         assert np.array_equal(np.asarray(getattr(state, name)), np.asarray(getattr(fresh, name))), name
 
 
@@ -396,7 +396,7 @@ def test_a_new_owner_finds_nothing_of_the_old_one():
     neighbour = admit_slot(state, 2, (9, 9), 1)
     state = admit_slot(neighbour, 3)
     expected = admit_slot(init_state(SLOTS, V, MAX_STOP), 2, (9, 9), 1)
-    for name in ("counts", "prompt_seen", "bias", "stop_ids"):
+    for name in ("counts", "bias", "stop_ids"):
         assert np.array_equal(np.asarray(getattr(state, name)), np.asarray(getattr(expected, name))), name
 
 

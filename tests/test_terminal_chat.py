@@ -43,20 +43,19 @@ def home(tmp_path: Path) -> dict[str, str]:
 def test_a_conversation_streams_remembers_and_stops(home, tmp_path):
     with chat_server(parrot) as (url, bodies), Terminal("chat", "--url", url, "--system", "Be kind.", env=home) as term:
         term.expect("fake at http.*Ctrl-D leaves")
-        term.expect(">>> ")
-        term.type("two words\n")
+        term.say("two words")
         term.expect(r"two words \r\n.*2 tokens, first after .*prompt 7")
-        term.type("more slowly\n")
+        term.say("more slowly")
         term.expect("and on and on")
         term.interrupt()
         term.expect("stopped")
         term.expect(">>> ")
+        time.sleep(0.2)  # as people do: in its first moments input() notices an interrupt at the next key only
         term.interrupt()  # at the prompt: the line is dropped, the program stays
-        term.expect(">>> ")
-        term.type("first \\\nsecond\n")
+        term.say("first \\\nsecond")
         term.expect(r"\.\.\. ")
         term.expect(r"first second \r\n")
-        term.type('"""\none\n\ntwo"""\n')
+        term.say('"""\none\n\ntwo"""')
         term.expect(r"one two \r\n")
         assert term.leave() == 0
     said = [each["content"] for each in bodies[-1]["messages"]]
@@ -85,11 +84,9 @@ def test_commands_change_what_is_asked(home, tmp_path):
             ("/hlep", "did you mean /help"),
             ("/help", "Ctrl-D leaves"),
         ]:
-            term.expect(">>> ")
-            term.type(typed + "\n")
+            term.say(typed)
             term.expect(shown.replace("[", r"\["))
-        term.expect(">>> ")
-        term.type("/exit\n")
+        term.say("/exit")
         assert term.wait() == 0
     assert [len(each["messages"]) for each in bodies] == [2, 2, 4]
     assert bodies[0]["temperature"] == 0.5 and bodies[0]["stop"] == ["a", "b"]
@@ -99,8 +96,7 @@ def test_commands_change_what_is_asked(home, tmp_path):
 
 def test_thoughts_stand_back_on_a_terminal_and_stay_off_a_pipe(home):
     with chat_server(parrot) as (url, _), Terminal("chat", "--url", url, "--no-history", env=home) as term:
-        term.expect(">>> ")
-        term.type("think hard\n")
+        term.say("think hard")
         term.expect("\x1b\\[2mlet me see\x1b\\[0m\r\n\r\nthink hard")
         assert term.leave() == 0
     with chat_server(parrot) as (url, _):
@@ -124,10 +120,19 @@ def test_a_pipe_gets_the_plain_answer_and_exit_codes():
             (("--url", url, "-p", "x", "--model", "other"), "it serves fake"),
             (("--url", url, "-p", "x", "--param", "tempo=1"), "no parameter"),
             (("--url", url, "-p", "x", "--dtype", "float32"), "leave it or --url out"),
+            (("--url", url, "-p", "x", "--max-token", "1"), "did you mean --max-tokens?"),
+            (("-p", "x", "--page-size", "x"), "--page-size"),
             (("--url", "http://127.0.0.1:9", "-p", "x"), "does not answer"),
         ]:
             code, out, err = piped("chat", *argv)
             assert (code, out) == (2, "") and message in err, err
+
+
+def test_the_environment_names_the_server():
+    with chat_server(parrot) as (url, _):
+        assert piped("chat", "-p", "hello", env={"JAXSERVE_URL": url}) == (0, "hello \n", "")
+    code, _, err = piped("chat", "-p", "hello", env={"JAXSERVE_URL": "ftp://x"})
+    assert code == 2 and "JAXSERVE_URL" in err
 
 
 def test_a_conversation_that_was_saved_is_the_same_when_loaded(tmp_path):

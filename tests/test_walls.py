@@ -83,6 +83,13 @@ ROOMS = {
         5, "jaxserve.api jaxserve.client jaxserve.connection jaxserve.store jaxserve.config", "uvicorn"
     ),
     "jaxserve.batch_flags": room(3, "jaxserve.flags"),
+    "jaxserve.plan_flags": room(3, "jaxserve.flags"),
+    "jaxserve.planner": room(
+        4,
+        "jaxserve.engine jaxserve.model jaxserve.scheduling jaxserve.config jaxserve.plan_flags checkpoints.gguf "
+        "checkpoints.files",
+        "jax numpy huggingface_hub",
+    ),
     "jaxserve.offline": room(
         7,
         "jaxserve.launch jaxserve.service jaxserve.api jaxserve.client jaxserve.store jaxserve.config "
@@ -97,7 +104,10 @@ ROOMS = {
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
     "jaxserve.terminal": room(3, "jaxserve.config jaxserve.flags jaxserve.flag_values jaxserve.utils", "tqdm"),
     "jaxserve.__main__": room(
-        8, "jaxserve.flags", later="jaxserve.launch jaxserve.batch_flags jaxserve.offline jaxserve.terminal"
+        8,
+        "jaxserve.flags",
+        later="jaxserve.launch jaxserve.batch_flags jaxserve.offline jaxserve.terminal "
+        "jaxserve.plan_flags jaxserve.planner",
     ),
 }
 

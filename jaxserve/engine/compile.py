@@ -387,3 +387,11 @@ def _lower_admit(target: Target) -> Any:
         array(MAX_LOGIT_BIAS, jnp.float32),
         array(MAX_STOP_TOKENS, jnp.int32),
     )
+
+
+def lowerings(target: Target, buckets: Sequence[Bucket]) -> dict[Any, Callable[[], Any]]:
+    """How to lower the programs of some steps; the target may be one that is not there."""
+    builder = _Builder(target)
+    for bucket in buckets:
+        builder.add_bucket(bucket)
+    return builder.lowerings

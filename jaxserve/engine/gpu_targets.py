@@ -1,29 +1,19 @@
-"""Hopper GPUs that are not there, as compile targets: XLA's GPU compiler needs a description, not a device.
-
-What it needs besides: JAX's CUDA plugin and NVIDIA's compiler (pip install jax-cuda13-plugin jax-cuda13-pjrt
-nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink nvidia-cuda-nvrtc nvidia-cuda-runtime, all with --no-deps); no driver.
-Nothing is tuned by trial on such a target, so that XLA may choose other products than it would on the device.
+"""Hopper GPUs that are not there, as compile targets: XLA's GPU compiler needs a description, not a device, and no
+driver. Nothing is tuned by trial on such a target, so that XLA may choose other products than it would on the device.
 """
 
 import importlib.util
-from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
 
+from jaxserve.engine.chips import Chip
 
-@dataclass(frozen=True)
-class GpuChip:
-    """One GPU, as its data sheet has it."""
-
-    name: str
-    memory_bytes: int
-    bytes_per_second: int
-
-
-H100 = GpuChip("NVIDIA H100 80GB HBM3", 85_000_000_000, 3_350_000_000_000)
-H200 = GpuChip("NVIDIA H200", 150_000_000_000, 4_800_000_000_000)
-GPUS = {"h100": H100, "h200": H200}
+# What JAX needs for it; with what they depend on, pip would fetch gigabytes that only a GPU needs.
+GPU_PACKAGES = (
+    "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink nvidia-cuda-nvrtc "
+    "nvidia-cuda-runtime"
+)
 
 # The fields of xla/stream_executor/device_description.proto, for a GH100 chip with 132 multiprocessors.
 _DESCRIPTION = """
@@ -51,10 +41,10 @@ def has_gpu_compiler() -> bool:
         return False
 
 
-def gpu_devices(num_devices: int, chip: GpuChip = H200) -> list[jax.Device]:
+def gpu_devices(chip: Chip, num_devices: int) -> list[jax.Device]:
     """num_devices GPUs of one host, to compile for."""
     description = _DESCRIPTION.format(
-        name=chip.name, memory_bytes=chip.memory_bytes, bytes_per_second=chip.bytes_per_second
+        name=chip.device_kind, memory_bytes=chip.memory, bytes_per_second=int(chip.bandwidth)
     )
     target = topologies.get_topology_desc(
         platform="cuda", topology_name="gpu", topology=f"1x1x{num_devices}", target_config=description

@@ -1,7 +1,7 @@
 """What the latest steps did and what became of the latest requests, for people who watch.
 
 Short rings that are kept whether anybody watches or not, so that whoever begins to sees what has just happened; about
-2 % of the host's time per step (bench.watch). Nothing is sent unless a Snapshot is asked for.
+3 % of the host's time per step (bench.watch). Nothing is sent unless a Snapshot is asked for.
 """
 
 from collections import deque

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.compile import Programs, Target, compile_programs, layers_per_program
 from jaxserve.engine.readout import Reader, Reading
@@ -56,10 +56,10 @@ class Handle:
 class ModelRunner:
     """Built in three acts, because loading and compiling run side by side: construct, compile(), load(params)."""
 
-    def __init__(self, shape: StepShape, sizes: SchedulerConfig, mesh: Mesh, dtype: jnp.dtype):
+    def __init__(self, shape: StepShape, sizes: SchedulerConfig, mesh: Mesh | AbstractMesh, dtype: jnp.dtype):
         self._shape = shape
         self._sizes = sizes
-        self._platform = mesh.devices.flat[0].platform
+        self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._pages_sharding = NamedSharding(mesh, PartitionSpec(None, None, "tp", None, None))
         self._dtype = dtype
@@ -80,15 +80,20 @@ class ModelRunner:
 
     def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
         """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
-        target = Target(
+        platform = self._mesh.devices.flat[0].platform
+        target = self.target(params, layers_per_program(self._shape.config.num_layers, platform))
+        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
+
+    def target(self, params: Params, layers_per_program: int | None) -> Target:
+        """What compile() compiles for; params: abstract arrays with their shardings."""
+        return Target(
             params=params,
             state=self._abstract_state(),
             shape=self._shape,
             max_model_len=self._sizes.max_model_len,
             replicated=self._replicated,
-            layers_per_program=layers_per_program(self._shape.config.num_layers, self._platform),
+            layers_per_program=layers_per_program,
         )
-        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
 
     def load(self, params: Params, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Take the parameters, make the state, and run every program once on a plan that writes nothing."""

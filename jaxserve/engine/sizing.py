@@ -28,11 +28,13 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU)."""
+    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU); the rest is of GPUs."""
 
     platform: str
     num_devices: int
     memory: int | None
+    capability: str | None = None  # compute capability, "9.0"
+    num_multiprocessors: int | None = None
 
 
 def choose_dtype(config: EngineConfig, platform: str) -> str:

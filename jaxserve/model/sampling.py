@@ -29,6 +29,7 @@ from jax import lax
 BLOCK = 512  # tokens per block of the two-level inverse CDF
 NUM_CANDIDATES = 128  # most nuclei and every usual top_k end among these; the others are bisected
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # outside of these the result is the same and float32 is not finite
+IN_PROMPT = 1 << 30  # a bit of SamplingState.counts; a bool array of its own is what XLA's TPU compiler fails to gather
 INFINITE_KEY = 0x7F800000  # the bits of +inf: every distance is at most this
 
 Array = jax.Array
@@ -39,8 +40,7 @@ Array = jax.Array
 class SamplingState:
     """What the device remembers per slot. V is the vocabulary, the last row scratch for padding."""
 
-    counts: Array  # [slots + 1, V] int32: how often the token is in the slot's output
-    prompt_seen: Array  # [slots + 1, V] bool: the token is in the slot's prompt
+    counts: Array  # [slots + 1, V] int32: how often the token is in the slot's output, plus IN_PROMPT if it is there
     bias: Array  # [slots + 1, V] float32: added to the logits
     stop_ids: Array  # [slots + 1, max_stop] int32: padded with V
 
@@ -88,7 +88,6 @@ def init_state(num_slots: int, vocab_size: int, max_stop: int) -> SamplingState:
     rows = num_slots + 1
     return SamplingState(
         counts=jnp.zeros((rows, vocab_size), jnp.int32),
-        prompt_seen=jnp.zeros((rows, vocab_size), bool),
         bias=jnp.zeros((rows, vocab_size), jnp.float32),
         stop_ids=jnp.full((rows, max_stop), vocab_size, jnp.int32),
     )
@@ -114,8 +113,9 @@ def admit(
     prompt = jnp.where(index < num_prompt, token_ids, vocab)
     output = jnp.where((index >= num_prompt) & (index < num_tokens), token_ids, vocab)
     return SamplingState(
-        counts=state.counts.at[slot].set(jnp.zeros(vocab, jnp.int32).at[output].add(1, mode="drop")),
-        prompt_seen=state.prompt_seen.at[slot].set(jnp.zeros(vocab, bool).at[prompt].set(True, mode="drop")),
+        counts=state.counts.at[slot].set(
+            jnp.zeros(vocab, jnp.int32).at[prompt].set(IN_PROMPT, mode="drop").at[output].add(1, mode="drop")
+        ),
         bias=state.bias.at[slot].set(jnp.zeros(vocab, jnp.float32).at[bias_ids].add(bias_values, mode="drop")),
         stop_ids=state.stop_ids.at[slot].set(stop_ids),
     )
@@ -188,8 +188,8 @@ def _first_at(scores: Array, peak: Array, axis: int = 1) -> Array:
 
 def _adjust(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
     """logits [N, V] -> with penalties, bias and stop suppression, each in the rows that ask for it."""
-    counts = state.counts[rows.slots]
-    seen = (state.prompt_seen[rows.slots] | (counts > 0)) & rows.penalties[:, None]
+    known = state.counts[rows.slots]
+    seen, counts = (known != 0) & rows.penalties[:, None], known & (IN_PROMPT - 1)
     repetition = rows.repetition_penalty[:, None]
     scores = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     presence, frequency = rows.presence_penalty[:, None], rows.frequency_penalty[:, None]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ModelConfig
 from jaxserve.model.llama import Joint, Layout, Linear, Llama
@@ -83,7 +83,9 @@ def merge(definition: tuple[nnx.GraphDef, Any], leaves: Sequence[Any]) -> Any:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
 
-def describe(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, platform: str) -> tuple[Structure, Params]:
+def describe(
+    config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | AbstractMesh | AbstractMesh, platform: str
+) -> tuple[Structure, Params]:
     """The model for a platform: its structure, and Params whose leaves are Parameter descriptions. Takes no memory."""
     model = nnx.eval_shape(lambda: Llama(config, dtype, Layout.of(platform)))
 
@@ -96,7 +98,7 @@ def describe(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, platform: str) -
 
 
 def describe_module(
-    module: nnx.Module, prefix: str, mesh: Mesh, table: Table
+    module: nnx.Module, prefix: str, mesh: Mesh | AbstractMesh | AbstractMesh, table: Table
 ) -> tuple[tuple[nnx.GraphDef, Any], list[Parameter]]:
     """An abstract module whose own path is prefix -> its definition for merge(), and its leaves' descriptions."""
     graphdef, state = nnx.split(module)
@@ -116,7 +118,7 @@ def _parameter(
     prefix: str,
     path: tuple[str, ...],
     leaf: jax.ShapeDtypeStruct,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | AbstractMesh,
 ) -> Parameter:
     """The description of one leaf of a module whose own path is prefix."""
     owners = [module]

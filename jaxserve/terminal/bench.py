@@ -14,9 +14,9 @@ from typing import Any
 
 from jaxserve.flag_values import at_least, positive
 from jaxserve.terminal.figures import comparison, summarise, table
-from jaxserve.terminal.http import Server, base_url
+from jaxserve.terminal.http import Server
 from jaxserve.terminal.load import Load, Reply, make_prompts, run
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
+from jaxserve.terminal.server import CommandError, add_arguments, address, find_or_start, server_flags
 
 OTHER_SEED = 1_000_003  # between two sets of prompts, so that none is a prefix of what is measured
 INTERRUPTED = 130
@@ -36,14 +36,11 @@ def arguments(prog: str = "jaxserve bench") -> argparse.ArgumentParser:
         usage=f"{prog} [flags]",
         description="Sends requests to an OpenAI server and prints what a client sees: tokens a second, time to the "
         "first token (TTFT), per later token (TPOT), between two pieces of text (ITL), to the end (E2E).",
-        epilog=f"Without --url: the server on {DEFAULT_URL}; where there is none, or flags of the server are given "
-        "(see jaxserve --help), one is started for the measurement. Exit codes: 0 done, 1 requests failed, 2 what you "
-        "can mend, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 requests failed, 2 what you can mend, 130 interrupted.",
         allow_abbrev=False,
     )
+    add_arguments(parser)
     add = parser.add_argument
-    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server (default: $JAXSERVE_URL)")
-    add("--model", metavar="NAME", help="served name, or what a server is started with (default: the server's)")
     add("--chat", action="store_true", help="/v1/chat/completions instead of /v1/completions")
     add("--num-prompts", type=positive, default=64, metavar="N", help="requests to measure (default: 64)")
     add(
@@ -62,7 +59,6 @@ def arguments(prog: str = "jaxserve bench") -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
     add("--seed", type=int, default=0, metavar="N", help="of prompts, arrival times and sampling (default: 0)")
     add("--no-ignore-eos", action="store_true", help="for servers that refuse ignore_eos")
-    add("--api-key", metavar="KEY", help="default: $JAXSERVE_API_KEY")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds a request may take (default: 600)")
     add("--json", action="store_true", help="print the figures as JSON instead of a table")
     add("--output", type=Path, metavar="FILE", help="write the JSON there too")
@@ -81,8 +77,10 @@ def _rate(text: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """The process's exit code."""
-    args, flags = arguments().parse_known_args(list(argv))
+    parser = arguments()
+    args, rest = parser.parse_known_args(list(argv))
     try:
+        flags = server_flags(parser, rest)
         url, api_key = address(args.url, args.api_key, os.environ)
         with find_or_start(url, args.model, api_key, flags) as (server, model):
             results = measure(args, server, model)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.terminal.conversation import COMMANDS, Ask, CommandRefused, Conversation, Leave, follow
-from jaxserve.terminal.http import Server, ServerError, base_url
+from jaxserve.terminal.http import Server, ServerError
 from jaxserve.terminal.screen import LineEditing, Style, history_path, read_message
-from jaxserve.terminal.server import DEFAULT_URL, CommandError, address, find_or_start
+from jaxserve.terminal.server import CommandError, add_arguments, address, find_or_start, server_flags
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 CLOSED_PIPE = 141  # and for a reader that went away
@@ -24,14 +24,11 @@ def arguments() -> argparse.ArgumentParser:
         usage="jaxserve chat [flags]",
         description="Talks to a model. On a terminal it is a conversation (/help lists its commands); with --prompt, "
         "or with a pipe as input or output, one question is answered without any control codes.",
-        epilog=f"Without --url: the server on {DEFAULT_URL}; where there is none, or flags of the server are given "
-        "(see jaxserve --help), one is started and ends with the chat. Exit codes: 0 done, 2 what you can mend, 130 "
-        "interrupted, 1 anything else.",
+        epilog="Exit codes: 0 done, 2 what you can mend, 130 interrupted, 1 anything else.",
         allow_abbrev=False,
     )
+    add_arguments(parser)
     add = parser.add_argument
-    add("--url", "--base-url", type=base_url, metavar="URL", help="of a running server (default: $JAXSERVE_URL)")
-    add("--model", metavar="NAME", help="served name, or what a server is started with (default: the server's)")
     add("-p", "--prompt", metavar="TEXT", help="one question; what comes on a pipe is put under it")
     add("--system", metavar="TEXT", help="system prompt")
     add("--temperature", metavar="T")
@@ -39,7 +36,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--max-tokens", metavar="N", help="of an answer")
     add("--seed", metavar="N", help="of sampling")
     add("--param", action="append", default=[], metavar="NAME=VALUE", help="any other field of the request; repeatable")
-    add("--api-key", metavar="KEY", help="default: $JAXSERVE_API_KEY")
     add("--no-history", action="store_true", help="do not remember the lines that are typed")
     return parser
 
@@ -73,10 +69,12 @@ class Answer:
 
 def main(argv: Sequence[str]) -> int:
     """The process's exit code."""
-    args, flags = arguments().parse_known_args(list(argv))
+    parser = arguments()
+    args, rest = parser.parse_known_args(list(argv))
     try:
-        if flags and not flags[0].startswith("-"):
-            raise CommandError(f"unexpected argument {flags[0]!r}; a question is given by --prompt")
+        if rest and not rest[0].startswith("-"):
+            raise CommandError(f"unexpected argument {rest[0]!r}; a question is given by --prompt")
+        flags = server_flags(parser, rest)
         question = _question(args.prompt)
         talk = Conversation("", args.system, _params(args))
         url, api_key = address(args.url, args.api_key, os.environ)
@@ -210,7 +208,7 @@ def _stream(server: Server, talk: Conversation, answer: Answer, style: Style, *,
                     thinking = True
                     print(style.dim(thought), end="", flush=True)
                 if text:
+                    answer.text += text  # first, so that an interrupt loses nothing that was seen
                     print(("\n\n" if thinking else "") + text, end="", flush=True)
                     thinking = False
-                    answer.text += text
     answer.seconds = time.perf_counter() - start

@@ -2,7 +2,9 @@
 own, which lives as long as the command does.
 """
 
+import argparse
 import ctypes
+import difflib
 import os
 import secrets
 import signal
@@ -29,6 +31,21 @@ class CommandError(Exception):
     """What the user can mend; the message says how. Exit code 2."""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which server is meant, and at the end of --help what happens without them."""
+    parser.add_argument(
+        "--url", "--base-url", type=base_url, metavar="URL", help="of a running server (default: $JAXSERVE_URL)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="served name, or what a server is started with (default: the server's)"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="default: $JAXSERVE_API_KEY")
+    parser.epilog = (
+        f"Without --url: the server on {DEFAULT_URL}; where there is none, or flags of the server are given (see "
+        f"jaxserve --help), one is started and ends with the command. {parser.epilog or ''}"
+    )
+
+
 def address(url: str | None, api_key: str | None, environ: Mapping[str, str]) -> tuple[str | None, str | None]:
     """What was given, or stands in JAXSERVE_URL and JAXSERVE_API_KEY. Raises CommandError."""
     if url is None and (named := environ.get("JAXSERVE_URL")):
@@ -37,6 +54,19 @@ def address(url: str | None, api_key: str | None, environ: Mapping[str, str]) ->
         except ValueError as error:
             raise CommandError(f"JAXSERVE_URL: {error}") from None
     return url, api_key or environ.get("JAXSERVE_API_KEY") or None
+
+
+def server_flags(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Sequence[str]:
+    """What a command's parser left over, which must be flags of the server. Raises CommandError."""
+    if not rest:
+        return rest
+    try:
+        parse(rest)
+    except FlagError as error:
+        name = rest[0].partition("=")[0]
+        close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        raise CommandError(f"unknown flag {name}; did you mean {close[0]}?" if close else str(error)) from None
+    return rest
 
 
 def served_models(server: Server, timeout: float = 10.0) -> list[dict[str, Any]]:

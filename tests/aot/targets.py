@@ -11,21 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.engine.build import draw
+from jaxserve.engine.chips import CHIPS
 from jaxserve.engine.compile import Target, _Builder, precision
-from jaxserve.engine.gpu_targets import GPUS, gpu_devices
-from jaxserve.engine.runner import ModelRunner
-from jaxserve.engine.sizing import DeviceFacts, resolve
-from jaxserve.engine.step import StepShape
-from jaxserve.model.llama import Layout
-from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.engine.gpu_targets import gpu_devices
+from jaxserve.engine.sizing import DeviceFacts
+from jaxserve.model.sharding import Parameter, make_mesh
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
-from kernels_pallas.attention import choose, gpu_facts
 
 SMOLLM2 = ModelConfig(30, 576, 9, 3, 64, 1536, 49152, 8192, rope_theta=1e5, tie_embeddings=True)
 LLAMA_1B = ModelConfig(16, 2048, 32, 8, 64, 8192, 128256, 131072, rope_theta=5e5, tie_embeddings=True)
@@ -85,31 +81,19 @@ def target_of(
     num_layers: may be fewer than the model's; a step is as many copies of the same layer.
     """
     model = replace(model, num_layers=num_layers)
-    if topology in GPUS:
-        platform, devices = "gpu", gpu_devices(num_devices, GPUS[topology])
+    chip = CHIPS[topology.partition(":")[0]]
+    if chip.platform == "gpu":
+        devices = gpu_devices(chip, num_devices)
     else:
-        platform, devices = "tpu", topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(devices[:num_devices])
     config = {"max_model_len": 8192, "max_running": 64, "max_total_tokens": 2**18} | config
-    sizes = resolve(model, EngineConfig("model", "cache", **config), DeviceFacts(platform, num_devices, None))
-    dtype = jnp.dtype(sizes.dtype)
-    structure, description = describe(model, dtype, mesh, platform)
-    facts = gpu_facts(devices[0])
-    attention = choose(platform, backend, mesh, num_kv_heads=model.num_kv_heads, dtype=dtype, **facts)
-    runs = sizes.scheduler
-    sizes_of_step = (runs.page_size, runs.max_pages, runs.chunk_size)
-    shape = StepShape(model, Layout.of(platform), structure, attention, *sizes_of_step)
-    runner = ModelRunner(shape, runs, mesh, dtype)
-    target = Target(
-        params=jax.tree.map(Parameter.abstract, description),
-        state=runner._abstract_state(),
-        shape=shape,
-        max_model_len=runs.max_model_len,
-        replicated=NamedSharding(mesh, PartitionSpec()),
-        layers_per_program=None,
-    )
+    facts = DeviceFacts(chip.platform, num_devices, None, chip.capability)
+    engine = EngineConfig("model", "cache", attention_backend=backend, **config)
+    blueprint = draw(model, engine, facts, lambda sizes: mesh)
+    target = blueprint.runner.target(jax.tree.map(Parameter.abstract, blueprint.parameters), None)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it what they are compiled for
-        yield target, {(b.num_decode, b.num_prefill): b for b in buckets(runs)}
+        yield target, {(b.num_decode, b.num_prefill): b for b in buckets(blueprint.sizes.scheduler)}
 
 
 def instructions(text: str) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from targets import LLAMA_8B, MIB, MODELS, Compiled, collectives, compile_steps, makers_of, target_of
 
+from jaxserve.engine.chips import CHIPS
 from jaxserve.engine.gpu_targets import gpu_devices, has_gpu_compiler
 from kernels_pallas import gpu
 from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -32,7 +33,7 @@ KINDS = {"full": FULL, "window": LayerKind(window=4096), "softcap": LayerKind(wi
 def compile_attention(shape: tuple[int, int, int], kind: LayerKind, num_decode: int, num_prefill: int):
     """A mixed step's attention in one layer, for one GPU."""
     num_heads, num_kv_heads, head_dim = shape
-    mesh = Mesh(np.asarray(gpu_devices(1)), ("tp",))
+    mesh = Mesh(np.asarray(gpu_devices(CHIPS["h200"], 1)), ("tp",))
 
     def array(dtype: type, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -88,7 +88,10 @@ function toEnd(smooth = false) {
   scroller.scrollTo({ top: scroller.scrollHeight, behavior: smooth && !matchMedia("(prefers-reduced-motion: reduce)").matches ? "smooth" : "instant" });
 }
 
+const generates = () => state.info?.is_generation !== false;
+
 function welcome() {
+  if (!generates()) return h("div.welcome", {}, h("h1", {}, "This server makes vectors"), h("p", {}, `${model()} answers /v1/embeddings, and has nothing to say in a chat. The engine tab shows it at work.`));
   const facts = state.info ? `${model()} · context of ${state.info.max_model_len.toLocaleString("en")} tokens` : "";
   return h("div.welcome", {}, h("h1", {}, "What shall we look at?"), h("p", {}, facts), h("div.ideas", {}, IDEAS.map((idea) =>
     h("button", { type: "button", onclick: () => { field.value = idea; resize(); send(); } }, idea))));
@@ -153,7 +156,7 @@ const actions = {
 function send() {
   const conversation = state.current;
   const text = [field.value.trim(), ...files.map(({ name, text: held }) => `${fence(held)}${name}\n${held}\n${fence(held)}`)].filter(Boolean).join("\n\n");
-  if (!text || !state.ready || runningIn(conversation)) return;
+  if (!text || !state.ready || !generates() || runningIn(conversation)) return;
   const asked = add(conversation, conversation.leaf, { role: "user", content: text });
   field.value = "";
   files = [];
@@ -205,7 +208,7 @@ function resize() {
 }
 
 function setEnabled() {
-  sendButton.disabled = !runningIn(state.current) && (!state.ready || (!field.value.trim() && !files.length));
+  sendButton.disabled = !runningIn(state.current) && (!state.ready || !generates() || (!field.value.trim() && !files.length));
 }
 
 /** at: null when requests can be served, else what /health says. */

@@ -15,7 +15,7 @@ const ENDS = {
 /** act: {edit, regenerate, goOn, remove, sibling, results} of the chat, each called with the message. */
 export class MessageView {
   constructor(node, act) {
-    Object.assign(this, { node, act, raw: state.settings.raw, asTokens: false, editing: false, shown: "" });
+    Object.assign(this, { node, act, raw: state.settings.raw, asTokens: false, editing: false, shown: "", drawn: {} });
     this.body = h("div.body");
     this.foot = h("div.foot");
     this.element = h("article.message", { class: node.role, "data-id": node.id, "aria-label": { user: "You", assistant: "Answer", tool: "Tool result" }[node.role] }, this.body, this.foot);
@@ -53,13 +53,21 @@ export class MessageView {
       const done = node.content || node.calls?.length || !live;
       thought.querySelector(".label").textContent = !done ? "Thinking…" : node.stats?.thought ? `Thought for ${seconds(node.stats.thought)}` : "Thinking";
       if (!this.touched) thought.open = !done;
-      showMarkdown(thinking, node.reasoning, Boolean(done));
+      if (this.isNew("reasoning", node.reasoning, Boolean(done))) showMarkdown(thinking, node.reasoning, Boolean(done));
     }
     this.showContent(prose, live);
     this.showCalls(calls, live);
     waiting.hidden = !live || Boolean(node.content || node.reasoning || node.calls?.length);
     error.hidden = !node.error;
     if (node.error) error.replaceChildren(h("strong", {}, "No answer. "), node.error);
+  }
+
+  /** Whether this part reads otherwise than when it was drawn: every frame of an answer asks each message above it. */
+  isNew(part, text, way) {
+    const before = this.drawn[part];
+    if (before?.text === text && before.way === way) return false;
+    this.drawn[part] = { text, way };
+    return true;
   }
 
   answerParts() {
@@ -73,6 +81,7 @@ export class MessageView {
   showContent(prose, live) {
     const { node } = this;
     const kind = this.asTokens && node.tokens?.length ? "tokens" : this.raw ? "raw" : "markdown";
+    if (!this.isNew("content", node.content, `${kind} ${live}`)) return;
     if (prose.dataset.kind !== kind) prose.replaceChildren();
     prose.dataset.kind = kind;
     if (kind === "tokens") prose.replaceChildren(tokenView(node.tokens));
@@ -137,6 +146,7 @@ export class MessageView {
     const close = () => {
       this.editing = false;
       this.parts = this.callsShown = null;
+      this.drawn = {};
       this.shown = this.footShown = "";
       this.update(this.place);
       this.element.querySelector("[aria-label=Edit]")?.focus();
