@@ -54,6 +54,9 @@ def answer(job: Job, engine: EngineEntry | None = None) -> int:
     configure_logging(config)
     for warning in job.options.warnings:
         log.warning("%s", warning)
+    if job.options.server.store is not None:
+        log.error("--store is for servers; a job keeps its journal beside its output")
+        return 2
     engine_options = {"log_level": config.log_level, **job.options.engine}
     try:
         return _run(replace(job, options=replace(job.options, server=config, engine=engine_options)), engine)

@@ -212,7 +212,7 @@ class StoreMachine(RuleBasedStateMachine):
 def test_a_postgres_store_is_as_its_model_too(postgres, monkeypatch):
     """A call dies before one of its statements; others of its process have been abandoned before."""
     from jaxserve.store.postgres import PostgresStore
-    from jaxserve.store.postgres_database import Session
+    from jaxserve.store.postgres.database import Session
 
     dying = SimpleNamespace(faults=Faults())
 

@@ -35,7 +35,7 @@ from jaxserve.store import (
     queries,
 )
 from jaxserve.store.folder import new_id
-from jaxserve.store.postgres_database import PostgresDatabase, Session
+from jaxserve.store.postgres.database import PostgresDatabase, Session
 from jaxserve.store.records import errors_to_text, metadata_to_text
 from jaxserve.store.responses import Responses
 
