@@ -31,7 +31,7 @@ SAMPLING_PARAMS = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
-SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password", "store")
 
 
 async def health(serving: Serving, http: Request) -> Response:
