@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
-from jaxserve.child import run_engine
+from jaxserve.child import ENVIRONMENT, run_engine
 from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
@@ -257,6 +257,8 @@ class FrontEnd:
             orbax_path=resolved.orbax_path,
             **options.engine,
         )
+        for name, value in ENVIRONMENT.items():  # read at a process's start, so nothing changes in this one
+            os.environ.setdefault(name, value)
         # Not a daemon: daemons are killed at exit without a word, and this one is asked to stop.
         self.process = self.context.Process(
             target=self.engine, args=(self.theirs, engine_config), name="jaxserve-engine", daemon=False
