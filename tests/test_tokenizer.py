@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -29,6 +29,7 @@ def test_bytes_of_the_tokens_are_the_bytes_of_the_text(byte_level, text):
     assert byte_level.decode(ids, skip_special_tokens=False) == text
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(1, 400))
 def test_a_text_has_no_fewer_tokens_than_can_be_told_from_its_length(byte_level, sentencepiece, text, times):
     text *= times
