@@ -113,6 +113,7 @@ async def speed(api: Api, args: argparse.Namespace, model: str) -> dict[str, Any
     lines = lines_of(prompts, model, args.output_len)
     batches, clients = [], []
     for _ in range(args.repeats):
+        await asyncio.sleep(args.rest)  # until nobody interactive has been there for --batch-linger
         _flush(api)
         started = time.monotonic()
         batch = api.start(lines)
@@ -153,6 +154,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=96, help="of the comparison with closed-loop clients")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 32], help="of those clients")
     parser.add_argument("--repeats", type=int, default=1, help="of the comparison")
+    parser.add_argument("--rest", type=float, default=3.0, help="seconds before each batch of it")
     parser.add_argument("--input-len", type=int, default=94, help="words of a prompt, about a token each")
     parser.add_argument("--output-len", type=int, default=64, help="tokens")
     parser.add_argument("--output", type=Path, help="write the JSON here too")

@@ -11,6 +11,7 @@ a server (bench.replay): what of the device's tokens/s reaches a client. All els
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxserve.child import ENVIRONMENT
 from jaxserve.terminal import bench
 from jaxserve.terminal.figures import summarise, table
 from jaxserve.terminal.http import Server
@@ -48,7 +50,9 @@ def _against_replay(args: argparse.Namespace) -> dict[str, Any]:
         finally:
             terminate_process(process)  # it writes the plans, then ends
         replay = [sys.executable, "-m", "bench.replay", plans, "--start", str(start), "--end", str(end)]
-        replayed = subprocess.run(replay, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
+        replayed = subprocess.run(
+            replay, cwd=ROOT, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, check=True, text=True
+        )
     return summarise(load, replies, seconds) | {"replay": json.loads(replayed.stdout)}
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.child import ENVIRONMENT
 from jaxserve.config import EngineConfig, ModelConfig, default_cache_dir
 from jaxserve.engine.build import Engine, build
 from jaxserve.engine.sizing import ITEMSIZE
@@ -225,6 +227,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if not ENVIRONMENT.keys() <= os.environ.keys():  # what an engine process is started with counts from its start
+        os.execve(sys.executable, [sys.executable, "-m", "bench.step", *sys.argv[1:]], ENVIRONMENT | os.environ)
     shapes = json.loads(args.config.read_text()) if args.config else DEFAULT_SHAPES
     cache_dir = default_cache_dir(os.environ, os.path.expanduser("~"))
     options = {"max_running": args.max_running, "chunked_prefill_size": args.chunked_prefill_size}

@@ -272,5 +272,6 @@ class ServerConfig:
     log_requests: bool = False  # one line per request: sizes and parameters, never its text
     embedding_only: bool = False  # chat and completions are a 400
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish after SIGINT or SIGTERM
+    store: str | None = None  # postgresql://…, which many servers may share; None: SQLite in file_storage_path
     file_storage_path: str | None = None  # folder of files and batches; None: default_storage_path
     batch_concurrency: int | None = None  # requests of batches in flight; None: twice the engine's rows

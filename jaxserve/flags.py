@@ -243,6 +243,11 @@ FLAGS: tuple[Flag, ...] = (
         "folder of files and batches (default: in the user's data, see Environment)",
     ),
     Flag(
+        ("--store",),
+        "server.store",
+        "one place of files and batches for a fleet: a postgresql:// address (default: SQLite in --file-storage-path)",
+    ),
+    Flag(
         ("--batch-concurrency",),
         "server.batch_concurrency",
         "requests of batches at work at once (default: twice --max-running-requests)",

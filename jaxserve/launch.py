@@ -1,7 +1,7 @@
 """The front-end process: binds the port, brings the model, spawns the engine, serves HTTP, and ends in order.
 
 Exit codes: 0 asked to stop, 2 what the user can mend (flags, files, a taken port), 1 anything else. The environment is
-read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, XDG_DATA_HOME, JAXSERVE_API_KEY, HF_TOKEN.
+read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, XDG_DATA_HOME, JAXSERVE_API_KEY, JAXSERVE_STORE, HF_TOKEN.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
-from jaxserve.child import run_engine
+from jaxserve.child import ENVIRONMENT, run_engine
 from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
@@ -93,9 +93,9 @@ def with_environment(options: Options, environ: Mapping[str, str]) -> ServerConf
     config = options.server
     key = config.api_key or environ.get("JAXSERVE_API_KEY") or None
     admin = config.admin_api_key or environ.get("JAXSERVE_ADMIN_API_KEY") or None
-    return replace(
-        config, api_key=key, admin_api_key=admin, served_model_names=config.served_model_names or (options.model,)
-    )
+    store = config.store or environ.get("JAXSERVE_STORE") or None
+    names = config.served_model_names or (options.model,)
+    return replace(config, api_key=key, admin_api_key=admin, store=store, served_model_names=names)
 
 
 def configure_logging(config: ServerConfig) -> None:
@@ -257,6 +257,8 @@ class FrontEnd:
             orbax_path=resolved.orbax_path,
             **options.engine,
         )
+        for name, value in ENVIRONMENT.items():  # read at a process's start, so nothing changes in this one
+            os.environ.setdefault(name, value)
         # Not a daemon: daemons are killed at exit without a word, and this one is asked to stop.
         self.process = self.context.Process(
             target=self.engine, args=(self.theirs, engine_config), name="jaxserve-engine", daemon=False

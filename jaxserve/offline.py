@@ -49,11 +49,14 @@ class JobError(Exception):
 def answer(job: Job, engine: EngineEntry | None = None) -> int:
     """The process's exit code. engine: what the child runs (tests bring their own)."""
     config = with_environment(job.options, os.environ)
-    if config.log_level == ServerConfig.log_level:
+    if "log_level" not in job.options.engine:  # it was not asked for
         config = replace(config, log_level="warning")
     configure_logging(config)
     for warning in job.options.warnings:
         log.warning("%s", warning)
+    if job.options.server.store is not None:
+        log.error("--store is for servers; a job keeps its journal beside its output")
+        return 2
     engine_options = {"log_level": config.log_level, **job.options.engine}
     try:
         return _run(replace(job, options=replace(job.options, server=config, engine=engine_options)), engine)
@@ -95,12 +98,21 @@ def _run(job: Job, engine: EngineEntry | None) -> int:
 
 
 def _check_paths(job: Job) -> None:
-    """Raises OSError before anything is made."""
+    """Raises OSError, JobError before anything is made."""
     if job.input != "-":
         open(job.input, "rb").close()
-    for path in (job.output, job.error_file or "-"):
-        if path != "-" and not Path(path).absolute().parent.is_dir():
+    outputs = [path for path in (job.output, job.error_file) if path not in (None, "-")]
+    for path in outputs:
+        if not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{path} is a folder; name a file in it")
+        if not os.access(path if os.path.exists(path) else Path(path).absolute().parent, os.W_OK):
+            raise PermissionError(f"{path} may not be written; choose another")
+        if job.input != "-" and os.path.exists(path) and os.path.samefile(path, job.input):
+            raise JobError(f"{path} is the input itself; choose another output")
+    if job.error_file == job.output or len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise JobError(f"--error-file is the output, {job.output}; without --error-file both go there")
 
 
 def _take_up(store: Store, job: Job) -> Batch:

@@ -180,8 +180,10 @@ def bind(host: str, port: int) -> socket.socket:
 def open_store(config: ServerConfig, default: str) -> tuple[Store | None, str]:
     """-> the store of files and batches, recovered; or None and why, where the user did not ask for it.
 
-    Raises StoreError when --file-storage-path names a folder that cannot be used.
+    Raises StoreError when --file-storage-path names a folder, or --store a database, that cannot be used.
     """
+    if config.store is not None:
+        return shared_store(config), ""
     try:
         return recovered_store(config.file_storage_path or default), ""
     except StoreError as error:
@@ -191,9 +193,26 @@ def open_store(config: ServerConfig, default: str) -> tuple[Store | None, str]:
         return None, str(error)
 
 
+def shared_store(config: ServerConfig) -> Store:
+    """The store of --store, recovered. Raises StoreError, StoreFull."""
+    url = config.store or ""
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise StoreError(f"--store is {url.split(':')[0]}:…; it takes postgresql://USER@HOST/DATABASE")
+    if config.file_storage_path is not None:
+        raise StoreError("--store keeps files and batches in its database; leave --file-storage-path out")
+    try:
+        from jaxserve.store.postgres import PostgresStore
+    except ImportError as error:
+        raise StoreError(f"--store needs psycopg ({error}): pip install 'jaxserve[postgres]'") from None
+    return _recovered(PostgresStore(url))
+
+
 def recovered_store(path: str) -> Store:
     """Raises StoreLocked, StoreFull, StoreError."""
-    store = SQLiteStore(path)
+    return _recovered(SQLiteStore(path))
+
+
+def _recovered(store: Store) -> Store:
     try:
         store.recover()
     except BaseException:

@@ -15,7 +15,8 @@ from kernels_pallas.kinds import FULL, LayerKind, Work
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
 
-DECODE_BLOCK_TOKENS = 128
+DECODE_BLOCK_TOKENS = 32
+DECODE_TURN_ITEMS = 16  # at least: fewer rows than that take several blocks each in a turn
 PREFILL_BLOCK_TOKENS = 512
 _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its rescaling free of NaN
 
@@ -24,12 +25,13 @@ _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its resca
 @dataclass(frozen=True)
 class DecodePlan:
     """A work list: item j is one block of pages of one row, so that a step costs the sum of its contexts, not the
-    number of rows times the longest. S items are done at a time, whoever's they are."""
+    number of rows times the longest. N = max(S, 16) items are done at a time, whoever's they are: little enough that a
+    turn's K and V stay in the cores' own caches from the gather to the second product."""
 
-    item_rows: jax.Array  # [J] row of each item, J = S * blocks of the longest row possible; S past the end
+    item_rows: jax.Array  # [J] row of each item, J >= S * blocks of the longest row possible; S past the end
     item_starts: jax.Array  # [J] position of its first token
     item_pages: jax.Array  # [J, n]
-    num_turns: jax.Array  # [] loop turns of S items
+    num_turns: jax.Array  # [] loop turns of N items
     kv_lens: jax.Array  # [S] from the first page that is read
 
 
@@ -75,12 +77,13 @@ def _plan_decode(rows: "DecodeRows", page_size: int, kind: LayerKind) -> DecodeP
     table = _pad_to(table, per_block, axis=1)
     num_rows, num_pages = table.shape
     counts = -(-kv_lens // (per_block * page_size))
-    row, block, used, total = _work_list(counts, num_rows * (num_pages // per_block))
+    per_turn = max(num_rows, DECODE_TURN_ITEMS)
+    row, block, used, total = _work_list(counts, -(-num_rows * num_pages // per_block // per_turn) * per_turn)
     return DecodePlan(
         item_rows=jnp.where(used, row, num_rows),
         item_starts=block * per_block * page_size,
         item_pages=jnp.where(used[:, None], table.reshape(num_rows, -1, per_block)[row, block], 0),
-        num_turns=-(-total // num_rows),
+        num_turns=-(-total // per_turn),
         kv_lens=kv_lens,
     )
 
@@ -130,6 +133,7 @@ def _decode(
     """
     num_rows, num_heads, head_dim = q.shape
     block = plan.item_pages.shape[1] * pages.shape[3]
+    per_turn = max(num_rows, DECODE_TURN_ITEMS)
     shared = shares_lanes(head_dim)
     grouped = _padded(
         _scaled(q, num_kv_heads, kind), LANES if shared else -(-head_dim // LANES) * LANES
@@ -137,7 +141,7 @@ def _decode(
 
     def body(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def take(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, turn * num_rows, num_rows)
+            return lax.dynamic_slice_in_dim(x, turn * per_turn, per_turn)
 
         rows = take(plan.item_rows)
         lens = jnp.where(rows < num_rows, plan.kv_lens[rows], 0)
@@ -149,7 +153,7 @@ def _decode(
         )
         scores = jnp.einsum("skgd,sknd->skgn", grouped[rows], keys, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], kind.capped(scores), _MASKED)
-        items = _accumulate(_start(grouped.shape), scores, values, "skgn,sknd->skgd")
+        items = _accumulate(_start((per_turn, *grouped.shape[1:])), scores, values, "skgn,sknd->skgd")
         return _merge(carry, items, rows)
 
     out = _normalise(lax.fori_loop(0, plan.num_turns, body, _start(grouped.shape)))

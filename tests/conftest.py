@@ -3,12 +3,16 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from jaxserve.config import default_cache_dir
 from tests.golden import Case, load_cases
 from tests.real_engines import Engines, RealServer
+
+if TYPE_CHECKING:
+    from tests.postgres import PostgresServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,6 +59,19 @@ def live(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         assert server.metrics()["compilations_total:serving"] == 0, "something was compiled after ready"
         missed = [line for line in server.output().splitlines() if "batch." in line and "#cache_miss: 0" not in line]
         assert not missed, missed
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator["PostgresServer"]:
+    """A PostgreSQL server, as Debian's package has it."""
+    pytest.importorskip("psycopg_pool", reason="psycopg is not installed (pip install 'jaxserve[postgres]')")
+    from tests.postgres import PostgresServer, binaries
+
+    folder = binaries()
+    if folder is None:
+        pytest.skip("PostgreSQL's server is not installed (apt-get install postgresql)")
+    with PostgresServer(folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

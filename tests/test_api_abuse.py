@@ -3,13 +3,16 @@
 import copy
 import json
 import random
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from tests.api_server import MODEL, ApiServer
+from tests.api_server import MODEL, TOKENIZER, ApiServer, error_of
 from tests.stores import quick_store
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -121,3 +124,43 @@ def test_no_body_is_an_error_of_the_servers(path, body, tmp_path):
             assert reply.status_code < 500, (reply.text, text)
             assert '"failed"' not in reply.text, (reply.text, text)
         assert {200, 400} <= seen
+
+
+def test_a_request_that_is_far_too_large_does_not_keep_the_others_waiting():
+    """Tokenising and rendering go on beside the event loop: while they do, others are answered."""
+    with ApiServer("hello world") as server, ThreadPoolExecutor(1) as thread:
+        real, begun, go_on = server.tokenizer.encode_all, threading.Event(), threading.Event()
+
+        def slow(texts, **options):
+            begun.set()
+            assert go_on.wait(20)
+            return real(texts, **options)
+
+        messages = [{"role": "user", "content": "w"}] * 200
+        for path, fields in (
+            ("/v1/completions", {"prompt": "w " * 3000}),
+            ("/v1/completions", {"prompt": ["w " * 100] * 50}),
+            ("/v1/chat/completions", {"messages": messages}),
+            ("/v1/embeddings", {"input": ["w " * 1000] * 4}),
+            ("/generate", {"text": ["w " * 1000] * 4}),
+        ):
+            begun.clear(), go_on.clear()
+            with patch.object(server.tokenizer, "encode_all", slow):
+                asked = thread.submit(server.post, path, {"model": MODEL, **fields})
+                assert begun.wait(20), path
+                assert server.http.get("/health").status_code == 200, path
+                go_on.set()
+                assert asked.result(20).status_code in (200, 400), path
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised():
+    no_need = patch.object(TOKENIZER, "encode_all", side_effect=AssertionError("it was tokenised"))
+    with ApiServer("hello world", engine={"max_model_len": 64}) as server, no_need:
+        for path, fields in (
+            ("/v1/completions", {"prompt": "w" * 100_000}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w" * 100_000}]}),
+            ("/v1/responses", {"input": "w" * 100_000}),
+            ("/generate", {"text": "w" * 100_000}),
+        ):
+            error = error_of(server.post(path, {"model": MODEL, **fields}), 400)
+            assert error["code"] == "context_length_exceeded" and "100" in error["message"], error

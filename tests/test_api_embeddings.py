@@ -83,13 +83,13 @@ def test_input_comes_as_text_texts_ids_or_rows_of_ids():
 
 def test_special_tokens_are_the_models_own_unless_switched_off(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    encode = TOKENIZER.encode
+    encode = TOKENIZER.encode_all
 
-    def spy(text: str, *, add_special_tokens: bool) -> list[int]:
+    def spy(texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         seen.append(add_special_tokens)
-        return encode(text, add_special_tokens=add_special_tokens)
+        return encode(texts, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(TOKENIZER, "encode", spy)
+    monkeypatch.setattr(TOKENIZER, "encode_all", spy)
     with ApiServer() as server:
         del seen[:]
         for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):

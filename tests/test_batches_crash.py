@@ -33,8 +33,12 @@ START_SECONDS = 280.0  # a cold start compiles, on two busy cores
 class Site:
     """A model, a file storage and a cache, and the server that is started in them again and again."""
 
-    def __init__(self, folder: Path, rng: random.Random, real_cache: str | None = None) -> None:
-        """real_cache: of compiled programs, for a real engine; None: a scripted one."""
+    def __init__(
+        self, folder: Path, rng: random.Random, real_cache: str | None = None, store: str | None = None
+    ) -> None:
+        """real_cache: of compiled programs, for a real engine; None: a scripted one. store: an address for --store."""
+        folder.mkdir(exist_ok=True)
+        self.store = store
         self.folder, self.rng, self.real = folder, rng, real_cache is not None
         self.cache = real_cache or str(folder / "cache")
         self.storage = folder / "storage"
@@ -71,8 +75,8 @@ class Site:
             "--log-level-http": "warning",
             "--max-running-requests": 4,
             "--max-model-len": 256,
-            "--file-storage-path": self.storage,
         }
+        flags |= {"--store": self.store} if self.store else {"--file-storage-path": self.storage}
         command = [*main, *(str(part) for pair in flags.items() for part in pair)]
         environ = os.environ | {"ENGINE_PID_FILE": str(self.folder / "engine.pid"), "JAX_PLATFORMS": "cpu"}
         with open(self.log, "a") as log:

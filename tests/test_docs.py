@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxserve import batch_flags, flags
+from jaxserve import batch_flags, flags, plan_flags
 from jaxserve.__main__ import COMMANDS
 from jaxserve.api.app import ROUTES
 from jaxserve.api.generate_schema import (
@@ -239,8 +239,8 @@ def test_every_command_line_is_understood(where, words):
     if command in parsers:
         rest = parsers[command]().parse_known_args(rest)[1]
         flags.parse(rest)
-    elif command == "batch":
-        batch_flags.parse(rest)
+    elif command in ("batch", "plan"):
+        {"batch": batch_flags, "plan": plan_flags}[command].parse(rest)
     elif command == "serve":
         flags.parse(["--model", *rest] if rest and not rest[0].startswith("-") else rest)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from jaxserve import offline
+from jaxserve.batch_flags import parse
 from jaxserve.store.sqlite import SQLiteStore
 from tests.batch_inputs import chat_line, jsonl
 from tests.fakes import write_byte_level
@@ -76,6 +78,7 @@ def test_every_request_has_one_line_in_the_output(folder: Path):
     assert results["3"]["response"]["body"]["usage"]["completion_tokens"] == 3
     assert results["bad"]["response"]["status_code"] == 400
     assert "20 requests completed, 1 failed" in err and "\r" not in err
+    assert "batch batch_" not in err, "a log of level info"
     assert not (folder / "out.jsonl.journal").exists()
 
 
@@ -141,3 +144,24 @@ def test_wrong_paths_are_named(folder: Path):
     (folder / "in.jsonl").write_bytes(requests(1))
     code, _, err = finish(begin(folder, "in.jsonl", "nowhere/out.jsonl"))
     assert code == 2 and "nowhere/out.jsonl does not exist" in err
+
+
+def test_no_output_overwrites_another_file_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_bytes(requests(1))
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "folder").mkdir()
+
+    def check(*flags: str) -> None:
+        offline._check_paths(parse(["-i", "in.jsonl", *flags]))
+
+    check("-o", "out.jsonl", "--error-file", "err.jsonl")
+    check("-o", "-")
+    for target in ("in.jsonl", "link.jsonl", "folder/../in.jsonl"):
+        with pytest.raises(offline.JobError, match="the input itself"):
+            check("-o", target)
+    for first, second in (("out.jsonl", "./out.jsonl"), ("-", "-")):
+        with pytest.raises(offline.JobError, match="both go there"):
+            check("-o", first, "--error-file", second)
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        check("-o", "out.jsonl", "--error-file", "folder")

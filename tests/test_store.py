@@ -48,9 +48,15 @@ def clock():
     return Clock()
 
 
-@pytest.fixture
-def store(tmp_path, clock):
-    store = quick_store(tmp_path / "store", clock=clock)
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path, clock):
+    if request.param == "sqlite":
+        store = quick_store(tmp_path / "store", clock=clock)
+    else:
+        url = request.getfixturevalue("postgres").new_database()
+        from jaxserve.store.postgres import PostgresStore
+
+        store = PostgresStore(url, clock=clock)
     store.recover()
     yield store
     check_no_strays(store)
@@ -82,8 +88,11 @@ def test_names_are_labels_and_reach_nothing(store, name):
     with store.start_upload(name, "batch") as pieces:
         file = pieces.commit()
     shown = name.replace("\udcff", "?")
+    if not isinstance(store, SQLiteStore):
+        shown = shown.replace("\0", "\ufffd")
     assert file.filename == shown and store.get_file(file.id).filename == shown
-    assert [path.name for path in store.folder.files.iterdir()] == [file.id]
+    if isinstance(store, SQLiteStore):
+        assert [path.name for path in store.folder.files.iterdir()] == [file.id]
 
 
 @pytest.mark.parametrize("file_id", ["../store.sqlite3", "file-" + "0" * 32, "", "file-../../lock", "a\x00", "\udcff"])
@@ -479,3 +488,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     num_bytes, num_completed, growth = map(int, done.stdout.split())
     print(f"{num_bytes / 1e6:.0f} MB, grew by {growth / 1e6:.1f} MB")
     assert num_completed == 50_000 and num_bytes > 199e6 and growth < 50e6
+
+
+def test_claimed_rows_are_given_out_once_until_they_are_released(store):
+    batch = start(store, 7)
+    assert [row.position for row in store.claim_rows(batch.id, limit=3)] == [0, 1, 2]
+    rows = store.claim_rows(batch.id, limit=3)
+    assert [row.position for row in rows] == [3, 4, 5]
+    store.record_results(batch.id, [answer(store, batch.id, row) for row in rows])
+    store.release_rows(batch.id)
+    assert [row.position for row in store.claim_rows(batch.id, limit=9)] == [0, 1, 2, 6]
+    assert store.claim_rows(batch.id, limit=9) == () and len(store.pending_rows(batch.id)) == 4
+    with pytest.raises(NoSuchBatch):
+        store.claim_rows("batch_none", limit=1)

@@ -3,13 +3,22 @@
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from jaxserve.store import ACTIVE, Batch, BatchError, WrongStatus
+from jaxserve.store import ACTIVE, Batch, BatchError, Store, WrongStatus
+from jaxserve.store.sqlite import SQLiteStore
 from tests.stores import (
     Clock,
     Crash,
@@ -64,10 +73,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.models: dict[str, Model] = {}
         self.open()
 
+    def make_store(self, faults: Faults, disk: FailingDisk) -> Store:
+        return quick_store(Path(self.folder.name) / "store", faults, disk, self.clock)
+
+    def abandon(self, store: Store) -> None:
+        """Its process is dead."""
+        assert isinstance(store, SQLiteStore)
+        abandon(store)
+
     def open(self) -> None:
         self.faults = Faults()
         self.disk = FailingDisk(self.faults)
-        self.store = quick_store(Path(self.folder.name) / "store", self.faults, self.disk, self.clock)
+        self.store = self.make_store(self.faults, self.disk)
         active = self.store.recover()
         assert {batch.id for batch in active} == {id for id, model in self.models.items() if model.status in ACTIVE}
 
@@ -81,13 +98,13 @@ class StoreMachine(RuleBasedStateMachine):
             found = refusal.batch
             assert wanted is None and before.matches(found)
         except Crash:
-            abandon(self.store)
-            self.disk.cut_power(self.store.path)
+            self.abandon(self.store)
+            self.disk.cut_power(Path(self.folder.name) / "store")
             after = [model for model in (before, wanted) if model]
-            self.store = quick_store(Path(self.folder.name) / "store", clock=self.clock)
+            self.store = self.make_store(Faults(), FailingDisk(Faults()))
             found = self.store.get_batch(batch_id)
             (self.models[batch_id],) = [model for model in after if model.matches(found)][:1]
-            abandon(self.store)
+            self.abandon(self.store)
             self.open()
         else:
             assert wanted is not None and wanted.matches(batch), (wanted, batch)
@@ -190,6 +207,38 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         self.store.close()
         self.folder.cleanup()
+
+
+def test_a_postgres_store_is_as_its_model_too(postgres, monkeypatch):
+    """A call dies before one of its statements; others of its process have been abandoned before."""
+    from jaxserve.store.postgres import PostgresStore
+    from jaxserve.store.postgres.database import Session
+
+    dying = SimpleNamespace(faults=Faults())
+
+    class Machine(StoreMachine):
+        def __init__(self) -> None:
+            self.url = postgres.new_database()
+            super().__init__()
+
+        def make_store(self, faults: Faults, disk: FailingDisk) -> PostgresStore:
+            dying.faults = faults
+            return PostgresStore(self.url, clock=self.clock, lease_seconds=0.0)
+
+        def abandon(self, store: Store) -> None:
+            assert isinstance(store, PostgresStore)
+            store._db.close()
+
+    for name in ("one", "run", "run_many", "copy"):
+        method = getattr(Session, name)
+
+        def fail_or(self, *args, method=method):
+            dying.faults.fails(grows=True)
+            return method(self, *args)
+
+        monkeypatch.setattr(Session, name, fail_or)
+    options = settings(TestStoreMachine.settings, max_examples=8, stateful_step_count=25)
+    run_state_machine_as_test(Machine, settings=options)
 
 
 TestStoreMachine = StoreMachine.TestCase

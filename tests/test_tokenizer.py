@@ -1,9 +1,11 @@
 """Tokenizer: what it reads from a folder, and the bytes of tokens."""
 
 import json
+import threading
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -25,6 +27,30 @@ def test_bytes_of_the_tokens_are_the_bytes_of_the_text(byte_level, text):
     ids = byte_level.encode(text, add_special_tokens=False)
     assert b"".join(byte_level.token_bytes(token_id) for token_id in ids) == text.encode()
     assert byte_level.decode(ids, skip_special_tokens=False) == text
+
+
+@settings(deadline=None)
+@given(st.text(), st.integers(1, 400))
+def test_a_text_has_no_fewer_tokens_than_can_be_told_from_its_length(byte_level, sentencepiece, text, times):
+    text *= times
+    for tokenizer in (byte_level, sentencepiece):
+        assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+    assert byte_level.fewest_tokens("x" * 1000) > 0
+
+
+def test_long_texts_are_tokenised_as_short_ones_and_others_may_run_meanwhile(byte_level):
+    words = [f"word {index} " for index in range(1000)]
+    each = byte_level.encode_all(words, add_special_tokens=False)
+    assert each == [byte_level.encode(word, add_special_tokens=False) for word in words]
+    text = "".join(words)
+    assert byte_level.decode(byte_level.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
+    thread = threading.Thread(target=byte_level.encode, args=(text * 100,), kwargs={"add_special_tokens": False})
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20, "the interpreter was held"
 
 
 def test_bytes_of_sentencepiece_tokens(sentencepiece):

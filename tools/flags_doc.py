@@ -27,6 +27,7 @@ ENVIRONMENT = """
 | `JAXSERVE_CACHE_DIR` | used without `--cache-dir`; otherwise `jaxserve` in `$XDG_CACHE_HOME` or `~/.cache` |
 | `JAXSERVE_API_KEY` | used when `--api-key` is not given, so that the key does not show in the process list |
 | `JAXSERVE_ADMIN_API_KEY` | likewise for `--admin-api-key` |
+| `JAXSERVE_STORE` | likewise for `--store`, whose address may hold a password (`PGPASSWORD` works too) |
 | `XDG_DATA_HOME` | files and batches are in `jaxserve/files` there (or in `~/.local/share`) by default |
 | `JAXSERVE_URL` | the server that `jaxserve chat` and `bench` use without `--url`; `JAXSERVE_API_KEY` is sent to it |
 | `HF_TOKEN` | for hub models that ask for one |

@@ -23,6 +23,7 @@ from jaxserve.client import EngineUnavailable
 from jaxserve.store import (
     Batch,
     BatchError,
+    NoSuchBatch,
     Row,
     RowResult,
     Store,
@@ -49,7 +50,9 @@ TICK = 0.5  # seconds between two looks at the clock
 FILE_EXPIRY_INTERVAL = 60.0  # seconds between two removals of expired files and responses
 RETRY_PAUSE = 5.0  # seconds until a store that failed is tried again
 MAX_ATTEMPTS = 3  # of a request that the engine gave up
+MAX_FAILURES = 5  # of the worker itself at one batch, until that is given up
 PAGE = 256  # rows read from the store at a time
+CLAIM = 16  # the same, of rows to run: what one server has claimed no other one of its fleet runs
 
 
 class BatchWorker:
@@ -120,15 +123,11 @@ class BatchWorker:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _watch_clock(self) -> None:
-        """Adopts what is there, then ends windows and files whose time has come."""
+        """Adopts what there is to do and looks after it; ends windows and files whose time has come."""
         expiry_due = 0.0
         while True:
             try:
-                if not self._adopted:
-                    for batch in await self.call(self.store.active_batches):
-                        self.adopt(batch)
-                    self._adopted = True
-                self.serving.metrics.num_batch_pending.set(sum(batch.num_pending for batch in self.batches))
+                await self._look_around()
                 now = self.clock()
                 for run in self._runs.values():
                     if now >= run.batch.expires_at:
@@ -142,6 +141,22 @@ class BatchWorker:
                 await asyncio.sleep(RETRY_PAUSE)
             await asyncio.sleep(self.tick)
 
+    async def _look_around(self) -> None:
+        """Other processes may share the store: what they made, cancelled or ended is seen here."""
+        known = list(self._runs.values())
+        await self.call(self.store.keep_alive)
+        active = {batch.id: batch for batch in await self.call(self.store.active_batches)}
+        for run in known:
+            if run.batch.id not in active or (
+                active[run.batch.id].status == "cancelling" and run.batch.status != "cancelling"
+            ):
+                run.interrupted.set()
+        if self.serving.stage() is None:
+            for batch in active.values():
+                self.adopt(batch)
+        self._adopted = True
+        self.serving.metrics.num_batch_pending.set(sum(batch.num_pending for batch in self.batches))
+
     async def _drive(self, run: "_Run") -> None:
         try:
             while not run.batch.is_final:
@@ -152,16 +167,31 @@ class BatchWorker:
                     run.batch = error.batch
                 except StoreError as error:
                     await self._on_store_error(run, error)
+                except EngineUnavailable:
+                    raise
+                except Exception:
+                    log.exception("batch %s: the worker failed", run.batch.id)
+                    await self._on_failure(run)
             log.info(
                 "batch %s: %s, %d of %d completed, %d failed",
                 run.batch.id, run.batch.status, run.batch.num_completed, run.batch.num_total, run.batch.num_failed,
             )  # fmt: skip
         except EngineUnavailable:
             log.warning("batch %s: the engine is gone; it goes on at the next start of the server", run.batch.id)
-        except Exception:
-            log.exception("batch %s: the worker failed; it goes on at the next start of the server", run.batch.id)
+        except NoSuchBatch:
+            log.error("batch %s is not in the store any more", run.batch.id)
         finally:
             self._runs.pop(run.batch.id, None)
+
+    async def _on_failure(self, run: "_Run") -> None:
+        """A mistake of ours: tried again a few times, then it fails that batch alone."""
+        run.num_failures += 1
+        if run.num_failures < MAX_FAILURES:
+            await asyncio.sleep(self.tick * 2**run.num_failures)
+            return
+        problem = BatchError("server_error", "The server failed at this batch; its log says why.")
+        with suppress(StoreError, WrongStatus):
+            run.batch = await self.call(self.store.fail_batch, run.batch.id, (problem,))
 
     async def _on_store_error(self, run: "_Run", error: StoreError) -> None:
         """A full disk ends the batch; what cannot even be said to the store is tried again."""
@@ -189,6 +219,7 @@ class _Run:
         self.worker, self.store, self.serving, self.batch = worker, worker.store, worker.serving, batch
         self.slots = slots
         self.interrupted = asyncio.Event()
+        self.num_failures = 0
         self.task: asyncio.Task[None] | None = None
         self._results: list[tuple[RowResult, asyncio.Future[None]]] = []
         self._recording: asyncio.Task[None] | None = None
@@ -254,21 +285,34 @@ class _Run:
                 raise
 
     async def _run_rows(self) -> Batch:
-        """Every pending row once; then finalizing. Raises EngineUnavailable when the engine ends first."""
-        answer, last = ANSWERS[self.batch.endpoint], -1
+        """Every row without a result, here or by another process; then finalizing. Raises EngineUnavailable when the
+        engine ends first."""
+        call, store, batch_id = self.worker.call, self.store, self.batch.id
+        await call(store.release_rows, batch_id)  # of an attempt before this one
+        while True:
+            await self._run_claimed()
+            self.batch = await call(store.get_batch, batch_id)
+            if not self.batch.num_pending or self.batch.status != "in_progress":
+                return await call(store.start_finalizing, batch_id)
+            await asyncio.sleep(self.worker.tick)  # others have claimed the rest
+
+    async def _run_claimed(self) -> None:
+        """Claims rows and runs them until none is free."""
+        answer = ANSWERS[self.batch.endpoint]
         try:
             async with asyncio.TaskGroup() as group:
-                while rows := await self._page(last):
+                while rows := await self._claim():
                     for row in rows:
                         await self.slots.acquire()
                         task = group.create_task(self._run_row(row, answer))
                         task.add_done_callback(lambda _: self.slots.release())
-                    last = rows[-1].position
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
             await self._recorded()
-        return await self.worker.call(self.store.start_finalizing, self.batch.id)
+
+    async def _claim(self) -> tuple[Row, ...]:
+        return await self.worker.call(lambda: self.store.claim_rows(self.batch.id, limit=CLAIM))
 
     async def _page(self, after: int) -> tuple[Row, ...]:
         return await self.worker.call(lambda: self.store.pending_rows(self.batch.id, after=after, limit=PAGE))

@@ -4,6 +4,7 @@ turn = await begin_turn(serving, request)       # every error of the client's is
 async for index, delta in turn.messages: ...    # text, reasoning and tool calls told apart
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from jaxserve.text.message_parser import MessageParser, Reading
 from jaxserve.text.tool_messages import fit
 from jaxserve.types import SamplingParams
 
+THREAD_PARTS = 64  # messages, parts and tools; 0.1 ms for each
 MessageDeltas = AsyncGenerator[tuple[int, MessageDelta], None]
 
 
@@ -57,7 +59,7 @@ async def begin_turn(serving: Serving, request: ChatRequest, priority: int = 0) 
     serving.require_generating()
     num_logprobs = _num_logprobs(request)
     tools = _tools(serving, request)
-    text, thinking = _render(serving, request, tools)
+    text, thinking = await _rendered(serving, request, tools)
     prompt = await encode(serving, text, "messages", add_special_tokens=False)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     wanted = sampling_request(request, max_tokens, num_logprobs, request.prompt_logprobs)
@@ -103,12 +105,20 @@ def _num_logprobs(request: ChatRequest) -> int | None:
     return request.top_logprobs or 0
 
 
-def render(serving: Serving, request: ChatRequest) -> str:
+async def render(serving: Serving, request: ChatRequest) -> str:
     """messages and tools -> the prompt, through the model's chat template.
 
     Raises APIError 400 with the template's own message.
     """
-    return _render(serving, request, _tools(serving, request))[0]
+    return (await _rendered(serving, request, _tools(serving, request)))[0]
+
+
+async def _rendered(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str, Thinking]:
+    """_render(), off the event loop where there is much to go through."""
+    parts = sum(len(content) for each in request.messages if isinstance(content := each.get("content"), list))
+    if len(request.messages) + parts + len(tools.tools) < THREAD_PARTS:
+        return _render(serving, request, tools)
+    return await asyncio.to_thread(_render, serving, request, tools)
 
 
 def _render(serving: Serving, request: ChatRequest, tools: ToolUse) -> tuple[str, Thinking]:

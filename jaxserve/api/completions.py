@@ -18,6 +18,7 @@ from jaxserve.api.generation import (
     at_least,
     deltas_of,
     encode,
+    encode_all,
     end_fields,
     generate_options,
     log_request,
@@ -131,15 +132,11 @@ async def _encode_prompts(serving: Serving, request: CompletionRequest) -> list[
         return [await encode(serving, prompt, "prompt", add_special_tokens=True)]
     if not prompt:
         raise invalid_request("'prompt' must not be an empty array.", "prompt", "empty_prompt")
-    if isinstance(prompt[0], int):
-        prompt = [prompt]
-    prompts = []
-    for item in prompt:
-        if isinstance(item, str):
-            prompts.append(await encode(serving, item, "prompt", add_special_tokens=True))
-        else:
-            prompts.append(check_ids(serving, item, "prompt"))
-    return prompts
+    if isinstance(prompt[0], str):
+        texts = [text for text in prompt if isinstance(text, str)]
+        return await encode_all(serving, texts, "prompt", add_special_tokens=True)
+    rows = [prompt] if isinstance(prompt[0], int) else prompt
+    return [check_ids(serving, row, "prompt") for row in rows]
 
 
 def check_ids(serving: Serving, token_ids: Any, param: str) -> list[int]:

@@ -3,7 +3,6 @@
 Every vector has length 1, as OpenAI's have. An encoder server and a chat server answer alike.
 """
 
-import asyncio
 import base64
 import math
 import secrets
@@ -19,7 +18,7 @@ from starlette.responses import Response
 from jaxserve.api import running
 from jaxserve.api.completions import check_ids
 from jaxserve.api.errors import invalid_request, unsupported
-from jaxserve.api.generation import THREAD_CHARACTERS
+from jaxserve.api.generation import encode_all
 from jaxserve.api.http import json_response, read_json, unless_disconnected
 from jaxserve.api.route import Route
 from jaxserve.api.schema import MAX_ID_LENGTH, Refused, TokenId, parse_fields
@@ -133,22 +132,14 @@ def _dimensions(serving: Serving, given: int | None) -> int | None:
 
 async def _prompts(serving: Serving, inputs: Sequence[Any], param: str, *, special: bool) -> Prompts:
     """Texts or rows of ids -> ids. Raises APIError 400 for none, too many, empty ones and ones that are too long."""
-    tokenizer, ready = serving.require_ready()
+    _, ready = serving.require_ready()
     if not inputs or not all(inputs):
         raise invalid_request(f"'{param}' must not be empty, nor may any part of it.", param, "empty_input")
     if len(inputs) > MAX_INPUTS:
         message = f"'{param}' has {len(inputs)} entries; at most {MAX_INPUTS} are allowed in one request."
         raise invalid_request(message, param)
-
-    def encode() -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens=special) for text in inputs]
-
     if isinstance(inputs[0], str):
-        try:
-            short = sum(map(len, inputs)) < THREAD_CHARACTERS
-            rows = encode() if short else await asyncio.to_thread(encode)
-        except ValueError as error:
-            raise invalid_request(f"{param!r} cannot be tokenised: {error}.", param) from None
+        rows = await encode_all(serving, inputs, param, add_special_tokens=special)
     else:
         rows = [check_ids(serving, row, param) for row in inputs]
     for index, row in enumerate(rows):

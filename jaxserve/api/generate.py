@@ -19,7 +19,7 @@ from jaxserve.api.completions import check_ids
 from jaxserve.api.constraints import request_grammar
 from jaxserve.api.errors import invalid_request
 from jaxserve.api.generate_schema import GenerateRequest, NativeSampling, PromptRequest, parse_generate
-from jaxserve.api.generation import MAX_SEQUENCES, Deltas, at_least, deltas_of, encode, resolve, with_errors
+from jaxserve.api.generation import MAX_SEQUENCES, Deltas, at_least, deltas_of, encode_all, resolve, with_errors
 from jaxserve.api.http import DONE, event
 from jaxserve.api.logprobs import finite
 from jaxserve.api.route import Route
@@ -137,7 +137,7 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     if len(wanted) * num_choices > MAX_SEQUENCES:
         message = f"{len(wanted)} prompts with n = {num_choices} are too many; prompts * n <= {MAX_SEQUENCES}."
         raise invalid_request(message, "text")
-    prompts = [await _encode(serving, each) for each in wanted]
+    prompts = await _encode(serving, [each.prompt for each in wanted])
     params = [
         _resolve(serving, each, len(prompt), ready.max_model_len) for each, prompt in zip(wanted, prompts, strict=True)
     ]
@@ -156,10 +156,12 @@ async def _begin(serving: Serving, body: dict[str, Any], priority: int) -> Job:
     return Job(bool(request.stream), outputs, not request.is_batch and num_choices == 1, deltas)
 
 
-async def _encode(serving: Serving, prompt: PromptRequest) -> list[int]:
-    if isinstance(prompt.prompt, str):
-        return await encode(serving, prompt.prompt, "text", add_special_tokens=True)
-    return check_ids(serving, prompt.prompt, "input_ids")
+async def _encode(serving: Serving, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Texts, or rows of ids."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        return await encode_all(serving, texts, "text", add_special_tokens=True)
+    return [check_ids(serving, prompt, "input_ids") for prompt in prompts]
 
 
 def _resolve(serving: Serving, prompt: PromptRequest, num_prompt: int, max_model_len: int) -> list[SamplingParams]:

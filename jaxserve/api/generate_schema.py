@@ -9,6 +9,7 @@ from jaxserve.api.errors import invalid_request
 from jaxserve.api.schema import (
     MAX_CHOICES,
     MAX_ID_LENGTH,
+    MAX_STOP_LENGTH,
     REFUSED,
     FieldLog,
     Refused,
@@ -22,7 +23,7 @@ T = TypeVar("T")
 Rid = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 StartLen = Annotated[int, Field(ge=-1)]
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class NativeSampling(BaseModel):

@@ -16,14 +16,13 @@ from jaxserve.api.schema import ChatRequest, CompletionRequest, GenerationReques
 from jaxserve.api.serving import Serving
 from jaxserve.text.generate import Delta, GenerateOptions, generate
 from jaxserve.text.params import SamplingRequest, resolve_sampling
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import LONG_TEXT, Tokenizer
 from jaxserve.types import SamplingParams
 
 log = logging.getLogger(__name__)
 Deltas = AsyncGenerator[tuple[int, Delta], None]
 
 MAX_SEQUENCES = 2048  # prompts times n of one HTTP request; OpenAI's limit for prompts
-THREAD_CHARACTERS = 4096  # longer texts are tokenised off the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +148,27 @@ def resolve(
 
 
 async def encode(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-    """text -> ids, off the event loop when it is long. Raises APIError 400 for text that is no valid Unicode."""
-    tokenizer, _ = serving.require_ready()
+    """text -> ids, as encode_all."""
+    return (await encode_all(serving, [text], param, add_special_tokens=add_special_tokens))[0]
+
+
+async def encode_all(
+    serving: Serving, texts: Sequence[str], param: str, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """texts -> ids of each, off the event loop when they are long. Raises APIError 400 for text that is no valid
+    Unicode, and for one that is far too long before it is tokenised."""
+    tokenizer, ready = serving.require_ready()
+    for text in texts:
+        if (fewest := tokenizer.fewest_tokens(text)) > ready.max_model_len:
+            message = (
+                f"{param} has {len(text)} characters, at least {fewest} tokens; this model's maximum context length is "
+                f"{ready.max_model_len} tokens (--max-model-len); shorten the prompt"
+            )
+            raise invalid_request(message, param, "context_length_exceeded")
     try:
-        if len(text) < THREAD_CHARACTERS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        if sum(map(len, texts)) < LONG_TEXT:
+            return tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode_all, texts, add_special_tokens=add_special_tokens)
     except ValueError as error:
         raise invalid_request(f"{param!r} cannot be tokenised: {error}.", param) from None
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from jaxserve.api.chat_turn import render
 from jaxserve.api.completions import check_ids
 from jaxserve.api.errors import invalid_request, unavailable
-from jaxserve.api.generation import encode, resolve
+from jaxserve.api.generation import encode, encode_all, resolve
 from jaxserve.api.http import json_response, read_json, unless_disconnected
 from jaxserve.api.metrics import CONTENT_TYPE
 from jaxserve.api.schema import ChatRequest, TokenId, parse_request
@@ -31,7 +31,7 @@ SAMPLING_PARAMS = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
-SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password", "store")
 
 
 async def health(serving: Serving, http: Request) -> Response:
@@ -157,7 +157,7 @@ async def tokenize(serving: Serving, http: Request) -> Response:
     _, ready = serving.require_ready()
     if "messages" in body:
         body.setdefault("model", serving.model_names[0])
-        text = render(serving, parse_request(ChatRequest, body, serving.fields))
+        text = await render(serving, parse_request(ChatRequest, body, serving.fields))
         tokens: list[Any] = await encode(serving, text, "messages", add_special_tokens=False)
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": ready.max_model_len})
     try:
@@ -169,7 +169,7 @@ async def tokenize(serving: Serving, http: Request) -> Response:
     if isinstance(request.prompt, str):
         tokens = await encode(serving, request.prompt, "prompt", add_special_tokens=special)
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": ready.max_model_len})
-    rows = [await encode(serving, text, "prompt", add_special_tokens=special) for text in request.prompt]
+    rows = await encode_all(serving, request.prompt, "prompt", add_special_tokens=special)
     counts = [len(row) for row in rows]
     return json_response({"tokens": rows, "count": counts, "max_model_len": ready.max_model_len})
 

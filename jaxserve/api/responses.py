@@ -5,7 +5,7 @@ A response is stored whole, with the conversation before it, so it needs no othe
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,6 +94,7 @@ def _now(serving: Serving) -> int:
 
 async def _conversation(serving: Serving, request: ResponseRequest) -> tuple[list[Item], tuple[str, ...]]:
     """-> (the items before this response, the ids of those that are new). Raises APIError."""
+    _check_number(request.input if isinstance(request.input, list) else ())
     new = checked_items([] if request.input is None else request.input)
     if not new and request.previous_response_id is None and not request.instructions:
         raise invalid_request("You must provide the field 'input'.", "input", "missing_required_parameter")
@@ -102,12 +103,16 @@ async def _conversation(serving: Serving, request: ResponseRequest) -> tuple[lis
         before = await _before(serving, request.previous_response_id)
     new = [await _resolved(serving, item) for item in new]
     items = before + new
-    if len(items) > MAX_ITEMS:
-        message = f"The conversation has {len(items)} items; at most {MAX_ITEMS} are allowed."
-        raise invalid_request(message, "input", "invalid_value")
+    _check_number(items)
     check_calls(items)
     given = set() if not isinstance(request.input, list) else {i["id"] for i in request.input if "id" in i}
     return items, tuple(item["id"] for item in new if item["id"] not in given)
+
+
+def _check_number(items: Sequence[Any]) -> None:
+    if len(items) > MAX_ITEMS:
+        message = f"The conversation has {len(items)} items; at most {MAX_ITEMS} are allowed."
+        raise invalid_request(message, "input", "invalid_value")
 
 
 async def _before(serving: Serving, response_id: str) -> list[Item]:

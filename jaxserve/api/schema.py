@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 MAX_CHOICES = 128  # OpenAI's limit for n
 MAX_STOPS = 4  # OpenAI's limit
+MAX_STOP_LENGTH = 4096  # characters
 MAX_ID_LENGTH = 256
 MAX_LOGGED_FIELDS = 256
 
@@ -83,6 +84,8 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"{len(stops)} stop strings were given; at most {MAX_STOPS} are allowed")
         if "" in stops:
             raise ValueError("a stop string must not be empty")
+        if max(map(len, stops), default=0) > MAX_STOP_LENGTH:
+            raise ValueError(f"a stop string may have at most {MAX_STOP_LENGTH} characters")
         return stop
 
     @property

@@ -10,7 +10,8 @@ or the error file. What is true at any moment is what a reopened store says: eve
 durably when it returns, or (when it raises, or the process dies inside it) can be called again. Methods block for the
 disk, up to tens of milliseconds, so call them from a thread; they may be called from any number of threads.
 
-The default store is `jaxserve.store.sqlite.SQLiteStore`.
+The default store is `jaxserve.store.sqlite.SQLiteStore`; `jaxserve.store.postgres.PostgresStore` is one for many
+processes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ BatchStatus = Literal[
     "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
 ]
 ACTIVE: frozenset[BatchStatus] = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+TAKES_RESULTS: frozenset[BatchStatus] = frozenset({"in_progress", "finalizing", "cancelling"})
 
 # What may follow what; an active batch may also stay as it is, a final one never moves again.
 STATUS_AFTER: Mapping[BatchStatus, frozenset[BatchStatus]] = {
@@ -273,6 +275,10 @@ class Store(Protocol):
         """
         ...
 
+    def keep_alive(self) -> None:
+        """Says that this process is at work on what it claimed. To be called every few seconds."""
+        ...
+
     def close(self) -> None:
         """Waits for calls in flight and releases the store for another process."""
         ...
@@ -342,7 +348,8 @@ class Store(Protocol):
         ...
 
     def active_batches(self) -> tuple[Batch, ...]:
-        """The batches that this process is to work on: those not in a final state, oldest first."""
+        """The batches that this process is to work on: those not in a final state, oldest first, without those that
+        another living process validates."""
         ...
 
     def open_input(self, batch_id: str) -> BinaryIO:
@@ -395,6 +402,18 @@ class Store(Protocol):
 
         Raises NoSuchBatch.
         """
+        ...
+
+    def claim_rows(self, batch_id: str, *, limit: int) -> tuple[Row, ...]:
+        """The next rows, in order, that have no result and that no living process has claimed. They are this process's
+        until they have a result, it releases them, or it is gone.
+
+        Raises NoSuchBatch.
+        """
+        ...
+
+    def release_rows(self, batch_id: str) -> None:
+        """Gives back what this process has claimed and not recorded."""
         ...
 
     def read_row(self, batch_id: str, span: RowSpan) -> bytes:

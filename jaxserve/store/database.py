@@ -90,7 +90,7 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 class Database:
-    """For one thread at a time (the store's lock goes around every use). Raises sqlite3.Error as it comes."""
+    """Implements `queries.Queries` for SQLite. Raises sqlite3.Error as it comes."""
 
     def __init__(self, path: Path, connect: Connect = connect) -> None:
         self.connection = connect(str(path))
@@ -140,8 +140,9 @@ class Database:
         """The number of rows it changed."""
         return self.connection.execute(sql, _storable(values)).rowcount
 
-    def run_many(self, sql: str, many: Iterable[Sequence[int]]) -> None:
-        self.connection.executemany(sql, many)
+    def run_many(self, sql: str, many: Iterable[Sequence[Any]]) -> int:
+        """The number of rows that all of them changed."""
+        return self.connection.executemany(sql, many).rowcount
 
     def close(self) -> None:
         self.connection.close()

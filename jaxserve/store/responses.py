@@ -6,36 +6,36 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from jaxserve.store import NoSuchResponse, StoredResponse
-from jaxserve.store.database import Database
+from jaxserve.store.queries import Queries
 
 LEVEL = 1  # of zlib: conversations are repeated in every turn's row, and shrink to a quarter
 
 
-class SQLiteResponses:
+class Responses:
     """Implements `jaxserve.store.ResponseStore`.
 
-    guard: one call at a time, errors in the store's words. despite_full: an action that a full disk shall not stop.
+    session: a connection for one call, errors in the store's words. despite_full: an action that a full disk shall not
+    stop.
     """
 
     def __init__(
         self,
-        database: Database,
-        guard: Callable[[], AbstractContextManager[None]],
+        session: Callable[[], AbstractContextManager[Queries]],
         despite_full: Callable[[Callable[[], int]], int],
         now: Callable[[], int],
     ) -> None:
-        self._db, self._guard, self._despite_full, self._now = database, guard, despite_full, now
+        self._session, self._despite_full, self._now = session, despite_full, now
 
     def put(self, responses: Sequence[StoredResponse]) -> None:
         rows = [
             (each, zlib.compress(each.body, LEVEL), zlib.compress(each.input_items, LEVEL)) for each in responses
         ]  # outside of the lock
-        with self._guard(), self._db.transaction():
+        with self._session() as db, db.transaction():
             for each, body, items in rows:
                 sql = "INSERT INTO responses (id, created_at, expires_at, body, input_items) VALUES (?, ?, ?, ?, ?)"
-                self._db.run(sql, each.id, each.created_at, each.expires_at, body, items)
+                db.run(sql, each.id, each.created_at, each.expires_at, body, items)
                 for item_id in each.item_ids:
-                    self._db.run("INSERT INTO response_items (id, response) VALUES (?, ?)", item_id, each.id)
+                    db.run("INSERT INTO response_items (id, response) VALUES (?, ?)", item_id, each.id)
 
     def get(self, response_id: str) -> StoredResponse:
         return self._one("r.id = ?", response_id)
@@ -45,27 +45,29 @@ class SQLiteResponses:
 
     def _one(self, where: str, value: str) -> StoredResponse:
         sql = f"SELECT id, body, input_items, created_at, expires_at FROM responses r WHERE {where} AND expires_at > ?"
-        with self._guard():
-            row = self._db.one(sql, value, self._now())
+        with self._session() as db:
+            row = db.one(sql, value, self._now())
         if row is None:
             raise NoSuchResponse(value)
         response_id, body, items, created_at, expires_at = row
         return StoredResponse(response_id, zlib.decompress(body), zlib.decompress(items), created_at, expires_at)
 
     def delete(self, response_id: str) -> None:
-        with self._guard():
-            self.get(response_id)
-            self._despite_full(lambda: self._remove("id = ?", response_id))
+        with self._session() as db:
+            if db.one("SELECT 1 FROM responses WHERE id = ? AND expires_at > ?", response_id, self._now()) is None:
+                raise NoSuchResponse(response_id)
+            self._despite_full(lambda: _remove(db, "id = ?", response_id))
 
     def expire(self) -> int:
-        with self._guard():
+        with self._session() as db:
             now = self._now()
-            if self._db.one("SELECT 1 FROM responses WHERE expires_at <= ? LIMIT 1", now) is None:
+            if db.one("SELECT 1 FROM responses WHERE expires_at <= ? LIMIT 1", now) is None:
                 return 0
-            return self._despite_full(lambda: self._remove("expires_at <= ?", now))
+            return self._despite_full(lambda: _remove(db, "expires_at <= ?", now))
 
-    def _remove(self, where: str, value: str | int) -> int:
-        with self._db.transaction():
-            selected = f"response IN (SELECT id FROM responses WHERE {where})"
-            self._db.run(f"DELETE FROM response_items WHERE {selected}", value)
-            return self._db.run(f"DELETE FROM responses WHERE {where}", value)
+
+def _remove(db: Queries, where: str, value: str | int) -> int:
+    with db.transaction():
+        selected = f"response IN (SELECT id FROM responses WHERE {where})"
+        db.run(f"DELETE FROM response_items WHERE {selected}", value)
+        return db.run(f"DELETE FROM responses WHERE {where}", value)

@@ -17,45 +17,36 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from jaxserve.store import (
-    ACTIVE,
-    STATUS_AFTER,
+    TAKES_RESULTS,
     Batch,
     BatchError,
     BatchPage,
     BatchStatus,
     FilePage,
-    NoSuchBatch,
-    NoSuchFile,
     Row,
     RowResult,
     RowSpan,
     StoredFile,
     StoreError,
     StoreFull,
-    Usage,
     WrongStatus,
+    queries,
 )
 from jaxserve.store.database import Connect, Database, connect, storable
 from jaxserve.store.disk import Disk
 from jaxserve.store.errors import translating
 from jaxserve.store.folder import Folder, new_id
 from jaxserve.store.records import (
-    BATCH_COLUMNS,
-    FILE_COLUMNS,
-    batch_from,
     errors_to_text,
-    file_from,
     metadata_to_text,
-    usage_values,
 )
-from jaxserve.store.responses import SQLiteResponses
+from jaxserve.store.responses import Responses
 from jaxserve.store.uploads import FileUpload
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 INPUT, OUTPUT, ERROR = "input.jsonl", "output.jsonl", "error.jsonl"
-ACTIVE_SQL = f"status IN ({', '.join(repr(status) for status in sorted(ACTIVE))})"
 
 
 class SQLiteStore:
@@ -76,6 +67,7 @@ class SQLiteStore:
         self.clock = clock
         self.disk = disk or Disk()
         self._mutex = threading.RLock()
+        self._claimed: dict[str, int] = {}  # batch -> the last position that claim_rows gave out
         with self._guard():
             self.folder = Folder(self.path, self.disk)
             try:
@@ -83,7 +75,7 @@ class SQLiteStore:
             except BaseException:
                 self.folder.close()
                 raise
-        self.responses = SQLiteResponses(self._db, self._guard, self._despite_full, self._now)
+        self.responses = Responses(self._session, self._despite_full, self._now)
 
     def _open_database(self, connect: Connect) -> Database:
         database = Database(self.folder.database, connect)
@@ -110,6 +102,11 @@ class SQLiteStore:
         with self._mutex, translating(self.path):
             yield
 
+    @contextmanager
+    def _session(self) -> Generator[Database, None, None]:
+        with self._guard():
+            yield self._db
+
     def _now(self) -> int:
         return int(self.clock())
 
@@ -130,11 +127,13 @@ class SQLiteStore:
 
     def _clean_batches(self) -> None:
         """Removes what final batches still hold, and tries to have a reserve."""
-        active = {batch_id for (batch_id,) in self._db.all(f"SELECT id FROM batches WHERE {ACTIVE_SQL}")}
+        active = {batch_id for (batch_id,) in self._db.all(f"SELECT id FROM batches WHERE {queries.ACTIVE_SQL}")}
         for path in self.folder.strays(self.folder.batches, active):
             self.disk.remove_folder(path)
         with self._db.transaction():
-            self._db.run(f"DELETE FROM batch_rows WHERE batch NOT IN (SELECT seq FROM batches WHERE {ACTIVE_SQL})")
+            self._db.run(
+                f"DELETE FROM batch_rows WHERE batch NOT IN (SELECT seq FROM batches WHERE {queries.ACTIVE_SQL})"
+            )
         self.folder.fill_reserve()
 
     def _tidy(self) -> None:
@@ -154,6 +153,9 @@ class SQLiteStore:
                 lost = BatchError("storage_error", "The stored data of this batch are damaged; create it again.")
                 self.fail_batch(batch.id, [lost])
                 return
+
+    def keep_alive(self) -> None:
+        """Whoever holds the lock is alive."""
 
     def close(self) -> None:
         with self._guard():
@@ -178,23 +180,15 @@ class SQLiteStore:
                 self.disk.rename(upload.path, target)
                 self.disk.sync_folder(self.folder.files)
                 with self._db.transaction():
-                    self._insert_file(file)
+                    queries.insert_file(self._db, file)
             except (OSError, sqlite3.Error):
                 self.disk.remove(target)
                 raise
             return file
 
-    def _insert_file(self, file: StoredFile) -> None:
-        values = (file.id, file.filename, file.purpose, file.num_bytes, file.created_at, file.expires_at)
-        self._db.run(f"INSERT INTO files ({FILE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", *values)
-
     def get_file(self, file_id: str) -> StoredFile:
         with self._guard():
-            sql = f"SELECT {FILE_COLUMNS} FROM files WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)"
-            row = self._db.one(sql, file_id, self._now())
-            if row is None:
-                raise NoSuchFile(file_id)
-            return file_from(row)
+            return queries.get_file(self._db, file_id, self._now())
 
     def list_files(
         self,
@@ -205,17 +199,7 @@ class SQLiteStore:
         purpose: str | None = None,
     ) -> FilePage:
         with self._guard():
-            where, values = ["(expires_at IS NULL OR expires_at > ?)"], [self._now()]
-            if purpose is not None:
-                where, values = [*where, "purpose = ?"], [*values, purpose]
-            if after is not None:
-                row = self._db.one("SELECT seq FROM files WHERE id = ?", after)
-                if row is None:
-                    raise NoSuchFile(after)
-                where, values = [*where, f"seq {'>' if order == 'asc' else '<'} ?"], [*values, row[0]]
-            sql = f"SELECT {FILE_COLUMNS} FROM files WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"
-            rows = self._db.all(sql, *values, limit + 1)
-            return FilePage(tuple(file_from(row) for row in rows[:limit]), len(rows) > limit)
+            return queries.list_files(self._db, self._now(), after=after, limit=limit, order=order, purpose=purpose)
 
     def open_file(self, file_id: str) -> BinaryIO:
         with self._guard():
@@ -228,7 +212,7 @@ class SQLiteStore:
 
     def expire_files(self) -> int:
         with self._guard():
-            expired = [each for (each,) in self._db.all("SELECT id FROM files WHERE expires_at <= ?", self._now())]
+            expired = queries.expired_files(self._db, self._now())
             if expired:
                 self._despite_full(lambda: self._remove_files(expired))
             return len(expired)
@@ -270,12 +254,11 @@ class SQLiteStore:
                 "metadata": metadata_to_text(metadata),
                 "output_expires_after": output_expires_after,
             }
-            sql = f"INSERT INTO batches ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
             try:
                 if not errors:
                     self._snapshot(self.get_file(input_file_id), batch_id)
                 with self._db.transaction():
-                    self._db.run(sql, *columns.values())
+                    queries.insert(self._db, "batches", columns)
             except (OSError, sqlite3.Error):
                 self.disk.remove_folder(self.folder.of_batch(batch_id))
                 raise
@@ -292,37 +275,24 @@ class SQLiteStore:
 
     def get_batch(self, batch_id: str) -> Batch:
         with self._guard():
-            row = self._db.one(f"SELECT {BATCH_COLUMNS} FROM batches WHERE id = ?", batch_id)
-            if row is None:
-                raise NoSuchBatch(batch_id)
-            return batch_from(row)
+            return queries.get_batch(self._db, batch_id)
 
     def list_batches(self, *, after: str | None = None, limit: int = 20) -> BatchPage:
         with self._guard():
-            before = self._seq(after) if after is not None else 1 << 62
-            sql = f"SELECT {BATCH_COLUMNS} FROM batches WHERE seq < ? ORDER BY seq DESC LIMIT ?"
-            rows = self._db.all(sql, before, limit + 1)
-            return BatchPage(tuple(batch_from(row) for row in rows[:limit]), len(rows) > limit)
-
-    def _seq(self, batch_id: str) -> int:
-        row = self._db.one("SELECT seq FROM batches WHERE id = ?", batch_id)
-        if row is None:
-            raise NoSuchBatch(batch_id)
-        return row[0]
+            return queries.list_batches(self._db, after=after, limit=limit)
 
     def active_batches(self) -> tuple[Batch, ...]:
         with self._guard():
-            rows = self._db.all(f"SELECT {BATCH_COLUMNS} FROM batches WHERE {ACTIVE_SQL} ORDER BY seq")
-            return tuple(batch_from(row) for row in rows)
+            return queries.active_batches(self._db)
 
     def open_input(self, batch_id: str) -> BinaryIO:
         with self._guard():
-            self._active(batch_id, "read its input")
+            queries.active_batch(self._db, batch_id, "read its input")
             return open(self.folder.of_batch(batch_id, INPUT), "rb")
 
     def start_batch(self, batch_id: str, rows: Iterable[RowSpan], *, model: str | None) -> Batch:
         with self._guard():
-            batch, seq = self.get_batch(batch_id), self._seq(batch_id)
+            batch, seq = queries.get_batch(self._db, batch_id), queries.seq_of(self._db, batch_id)
             if batch.status != "validating":
                 raise WrongStatus(batch, "start")
             insert = "INSERT INTO batch_rows (batch, position, line, offset, num_bytes) VALUES (?, ?, ?, ?, ?)"
@@ -330,7 +300,7 @@ class SQLiteStore:
             with self._db.transaction():
                 self._db.run_many(insert, values)
                 (total,) = self._db.one("SELECT count(*) FROM batch_rows WHERE batch = ?", seq) or (0,)
-                self._move(batch, "in_progress", num_total=total, model=model)
+                queries.move(self._db, batch, "in_progress", self._now(), num_total=total, model=model)
             return self.get_batch(batch_id)
 
     def cancel_batch(self, batch_id: str) -> Batch:
@@ -341,40 +311,14 @@ class SQLiteStore:
 
     def _step(self, batch_id: str, status: BatchStatus, done: tuple[BatchStatus, ...]) -> Batch:
         with self._guard():
-            batch = self.get_batch(batch_id)
-            if batch.status in done:
-                return batch
-            if status == "finalizing" and batch.num_pending:
-                raise WrongStatus(batch, f"be finalizing while {batch.num_pending} rows are pending")
-            with self._db.transaction():
-                self._move(batch, status)
-            return self.get_batch(batch_id)
-
-    def _move(self, batch: Batch, status: BatchStatus, **columns: Any) -> None:
-        """Compare and swap: the batch as it was read -> status, with its time and these columns. In a transaction."""
-        if status not in STATUS_AFTER[batch.status]:
-            raise WrongStatus(batch, f"become {status}")
-        columns = {"status": status, f"{status}_at": self._now(), **columns}
-        assignments = ", ".join(f"{name} = ?" for name in columns)
-        sql = f"UPDATE batches SET {assignments} WHERE id = ? AND status = ?"
-        if self._db.run(sql, *columns.values(), batch.id, batch.status) != 1:
-            raise WrongStatus(self.get_batch(batch.id), f"become {status}")
-
-    def _active(self, batch_id: str, wanted: str) -> Batch:
-        batch = self.get_batch(batch_id)
-        if batch.is_final:
-            raise WrongStatus(batch, wanted)
-        return batch
+            return queries.step(self._db, queries.get_batch(self._db, batch_id), status, done, self._now())
 
     def finish_batch(self, batch_id: str, status: Literal["completed", "expired", "cancelled"]) -> Batch:
         with self._guard():
             batch = self.get_batch(batch_id)
             if batch.status == status:
                 return batch
-            if status not in STATUS_AFTER[batch.status]:
-                raise WrongStatus(batch, f"become {status}")
-            if batch.num_pending:
-                raise WrongStatus(batch, f"become {status} while {batch.num_pending} rows are pending")
+            queries.check_end(batch, status)
             return self._end(batch, status)
 
     def fail_batch(self, batch_id: str, errors: Sequence[BatchError]) -> Batch:
@@ -382,8 +326,7 @@ class SQLiteStore:
             batch = self.get_batch(batch_id)
             if batch.status == "failed":
                 return batch
-            if batch.is_final:
-                raise WrongStatus(batch, "fail")
+            queries.active_batch(self._db, batch_id, "fail")
             return self._despite_full(lambda: self._end(batch, "failed", errors=errors_to_text(errors)))
 
     def _end(self, batch: Batch, status: BatchStatus, **columns: Any) -> Batch:
@@ -391,9 +334,11 @@ class SQLiteStore:
         files = self._publish(batch)
         with self._db.transaction():
             for file in files.values():
-                self._insert_file(file)
-            self._move(batch, status, **{name: file.id for name, file in files.items()}, **columns)
+                queries.insert_file(self._db, file)
+            ids = {name: file.id for name, file in files.items()}
+            queries.move(self._db, batch, status, self._now(), **ids, **columns)
         ended = self.get_batch(batch.id)
+        self.release_rows(batch.id)
         self._tidy()
         return ended
 
@@ -419,20 +364,23 @@ class SQLiteStore:
         return files
 
     def _counted_bytes(self, batch_id: str) -> tuple[int, int]:
-        """How much of the output and of the error file counts."""
-        row = self._db.one("SELECT num_output_bytes, num_error_bytes FROM batches WHERE id = ?", batch_id)
-        return row or (0, 0)
+        return queries.counted_bytes(self._db, queries.seq_of(self._db, batch_id))
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
     def pending_rows(self, batch_id: str, *, after: int = -1, limit: int = 256) -> tuple[Row, ...]:
         with self._guard():
-            sql = (
-                "SELECT position, line, offset, num_bytes FROM batch_rows "
-                "WHERE batch = ? AND position > ? AND outcome IS NULL ORDER BY position LIMIT ?"
-            )
-            rows = self._db.all(sql, self._seq(batch_id), after, limit)
-            return tuple(Row(position, RowSpan(*span)) for position, *span in rows)
+            return queries.pending_rows(self._db, queries.seq_of(self._db, batch_id), after, limit)
+
+    def claim_rows(self, batch_id: str, *, limit: int) -> tuple[Row, ...]:
+        with self._guard():
+            rows = self.pending_rows(batch_id, after=self._claimed.get(batch_id, -1), limit=limit)
+            if rows:
+                self._claimed[batch_id] = rows[-1].position
+            return rows
+
+    def release_rows(self, batch_id: str) -> None:
+        self._claimed.pop(batch_id, None)
 
     def read_row(self, batch_id: str, span: RowSpan) -> bytes:
         """Reads past the lock: a snapshot never changes, and a row need not wait for another's sync."""
@@ -440,52 +388,29 @@ class SQLiteStore:
             with translating(self.path), self.folder.of_batch(batch_id, INPUT).open("rb", buffering=0) as file:
                 line = os.pread(file.fileno(), span.num_bytes, span.offset)
         except (StoreError, ValueError):
-            self._active(batch_id, "read its input")
+            with self._guard():
+                queries.active_batch(self._db, batch_id, "read its input")
             raise
         if len(line) != span.num_bytes:
             raise StoreError(f"the input of batch {batch_id} ends inside line {span.line}: the stored data are damaged")
         return line
 
     def record_results(self, batch_id: str, results: Sequence[RowResult]) -> Batch:
-        for result in results:
-            if b"\n" in result.line:
-                raise ValueError(f"the result of row {result.position} of batch {batch_id} is not one line")
+        queries.check_lines(batch_id, results)
         with self._guard():
-            batch, seq = self.get_batch(batch_id), self._seq(batch_id)
-            if batch.status not in ("in_progress", "cancelling", "finalizing"):
+            batch, seq = queries.get_batch(self._db, batch_id), queries.seq_of(self._db, batch_id)
+            if batch.status not in TAKES_RESULTS:
                 raise WrongStatus(batch, "take results")
-            new = self._first_results(seq, results)
-            if new:
+            if new := queries.first_results(self._db, seq, results):
                 self._append(batch, seq, new)
             return self.get_batch(batch_id)
 
-    def _first_results(self, seq: int, results: Sequence[RowResult]) -> list[RowResult]:
-        new: dict[int, RowResult] = {}
-        sql = "SELECT 1 FROM batch_rows WHERE batch = ? AND position = ? AND outcome IS NULL"
-        for result in results:
-            if result.position not in new and self._db.one(sql, seq, result.position):
-                new[result.position] = result
-        return list(new.values())
-
     def _append(self, batch: Batch, seq: int, results: list[RowResult]) -> None:
         """Lines first, then what makes them count."""
-        output = b"".join(each.line + b"\n" for each in results if each.outcome == "completed")
-        error = b"".join(each.line + b"\n" for each in results if each.outcome != "completed")
-        for name, start, lines in zip((OUTPUT, ERROR), self._counted_bytes(batch.id), (output, error), strict=True):
+        added = queries.lines_for(results)
+        for name, start, lines in zip((OUTPUT, ERROR), queries.counted_bytes(self._db, seq), added, strict=True):
             if lines:
                 self.disk.write_at(self.folder.of_batch(batch.id, name), start, lines)
-        usage = sum((each.usage for each in results), Usage())
-        counts = [sum(each.outcome == kind for each in results) for kind in ("completed", "failed", "unexecuted")]
         with self._db.transaction():
-            for each in results:
-                sql = "UPDATE batch_rows SET outcome = ? WHERE batch = ? AND position = ? AND outcome IS NULL"
-                if self._db.run(sql, each.outcome, seq, each.position) != 1:
-                    raise StoreError(f"row {each.position} of batch {batch.id} was taken by another process")
-            sql = (
-                "UPDATE batches SET num_completed = num_completed + ?, num_failed = num_failed + ?, "
-                "num_unexecuted = num_unexecuted + ?, num_output_bytes = num_output_bytes + ?, "
-                "num_error_bytes = num_error_bytes + ?, input_tokens = input_tokens + ?, "
-                "cached_tokens = cached_tokens + ?, output_tokens = output_tokens + ?, "
-                "reasoning_tokens = reasoning_tokens + ? WHERE seq = ?"
-            )
-            self._db.run(sql, *counts, len(output), len(error), *usage_values(usage), seq)
+            if not queries.count_results(self._db, seq, results, *added):
+                raise StoreError(f"a row of batch {batch.id} was taken by another process")

@@ -1,7 +1,7 @@
 // Drawing on canvases in the page's own colours.
 
 /** Sizes canvas to its place on the screen, in CSS pixels; -> its context, cleared. */
-export function prepare(canvas, height) {
+function prepare(canvas, height) {
   const ratio = devicePixelRatio || 1;
   const width = canvas.parentElement.clientWidth;
   if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
@@ -32,7 +32,7 @@ export function colours() {
   return { ...found, slot: (slot) => `oklch(${light} ${chroma} ${(slot * 137.508 + 200) % 360})` };
 }
 
-export const FONT = "11px system-ui, sans-serif";
+const FONT = "11px system-ui, sans-serif";
 
 /** values over time as a line with a soft floor; points: [[t, value]], from..to in t. */
 export function sparkline(canvas, points, from, to, colour) {
@@ -131,7 +131,6 @@ function lifeline(context, line, top, { x, from, now, palette }) {
 }
 
 function stepStrip(context, { steps, x, from, floor, most, palette }) {
-  const top = floor - STRIP;
   const scale = (STRIP - 6) / Math.sqrt(Math.max(1, most)); // by the root: 2 decode rows beside 256 prompt tokens
   let before = -Infinity;
   for (const step of steps) {
@@ -149,6 +148,4 @@ function stepStrip(context, { steps, x, from, floor, most, palette }) {
     const filled = tall * (used / Math.max(1, total));
     context.fillRect(left, floor - filled, size, filled);
   }
-  context.fillStyle = palette.line;
-  context.fillRect(x(from), top - 3, x(Infinity) || 1e4, 0);
 }

@@ -11,7 +11,7 @@ export const stop = (conversation) => running.get(conversation.id)?.controller.a
 const SENT = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens", "seed", "reasoning_effort"];
 
 /** Throws SyntaxError for tools or further fields that are no JSON. */
-export function requestBody(conversation, node, goesOn) {
+function requestBody(conversation, node, goesOn) {
   const body = {
     model: node.model,
     messages: messages(conversation, goesOn ? node.id : node.parent),
