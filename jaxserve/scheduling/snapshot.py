@@ -47,7 +47,8 @@ def _view(sequence: Sequence, state: RequestState) -> RequestView:
 
 
 def joined(ranks: Iterable[tuple[Views, bytes]], max_running: int) -> tuple[Views, bytes]:
-    """What ranks of max_running slots each show -> the same as one: slots and pages of the second behind the first's."""
+    """What ranks of max_running slots each show -> the same as one scheduler's: slots and pages of the second rank come
+    behind those of the first."""
     views: list[RequestView] = []
     states: list[np.ndarray] = []
     for rank, (own, pages) in enumerate(ranks):
