@@ -116,8 +116,8 @@ def attend(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - group), (0, width - head_dim)))
     grouped = grouped.reshape(num_rows, num_kv_heads * tiles_per_head, -1, width)
     sums, logs = _items(grouped, pages, layer, work, num_kv_heads, kind, head_dim, num_blocks, interpret)
-    out = _add_items(sums, logs, work.first_items, q.dtype, interpret)  # [S, tiles, rows * width]
-    return out.reshape(num_rows, num_kv_heads, padded, width)[:, :, :group, :head_dim].reshape(q.shape)
+    out = _add_items(sums, logs, work.first_items, min(group, ROWS), q.dtype, interpret)
+    return out.reshape(num_rows, num_kv_heads, -1, width)[:, :, :group, :head_dim].reshape(q.shape)
 
 
 def _items(
@@ -339,48 +339,49 @@ def _items(
 
 
 def _add_items(
-    sums: jax.Array, logs: jax.Array, first_items: jax.Array, dtype: jnp.dtype, interpret: Interpret
+    sums: jax.Array, logs: jax.Array, first_items: jax.Array, used: int, dtype: jnp.dtype, interpret: Interpret
 ) -> jax.Array:
-    """sums [I, N, g, W] and logs [I, N, g] of items -> [S, N, g * W] of rows; first_items [S + 1].
+    """sums [I, N, g, W] and logs [I, N, g] of items -> [S, N, used, W] of rows, for the first of the g query heads;
+    first_items [S + 1].
 
-    One block of threads for a row and tile of query heads, a thread for a lane of 128: where W is 64 that is two query
-    heads at a time, where it is 256 half of one.
+    One block of threads for 128 lanes of a row, a thread for each: where W is 64 those are of two query heads, where it
+    is 256 they are half of one.
     """
     num_items, num_tiles, rows, width = sums.shape
-    num_rows, num_lines = first_items.shape[0] - 1, rows * width // LANES
+    num_rows, num_lines = first_items.shape[0] - 1, -(-used * width // LANES)
     vector = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
     def body(first_items, sums, logs, out):
-        row, tile = lax.axis_index("row"), lax.axis_index("tile")
-        for line in range(num_lines):
-            heads = sorted({line * LANES // width, (line * LANES + LANES - 1) // width})
+        row, tile, line = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("line")
+        lanes = pl.ds(pl.multiple_of(line * LANES, LANES), LANES)
+        heads = [2 * line, 2 * line + 1] if width < LANES else [lax.div(line, jnp.int32(width // LANES))]
 
-            def across(values):
-                """One number a head -> one a lane."""
-                full = [plgpu.layout_cast(jnp.full((LANES,), value, jnp.float32), vector) for value in values]
-                if len(full) == 1:
-                    return full[0]
-                lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=vector)
-                return jnp.where(lane < width, *full)
+        def across(values):
+            """One number a head -> one a lane."""
+            full = [plgpu.layout_cast(jnp.full((LANES,), value, jnp.float32), vector) for value in values]
+            if len(full) == 1:
+                return full[0]
+            return jnp.where(plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=vector) < width, *full)
 
-            def add(item, state, heads=heads, line=line, across=across):
-                maximum, total, out = state
-                log = across([logs[item, tile, head] for head in heads])
-                higher = jnp.maximum(maximum, log)
-                shrink, weight = jnp.exp2(maximum - higher), jnp.exp2(log - higher)
-                held = plgpu.load(sums.at[item, tile, pl.ds(line * LANES, LANES)], layout=vector, optimized=False)
-                return higher, total * shrink + weight, out * shrink + held * weight
+        def add(item, state):
+            maximum, total, out = state
+            log = across([logs[item, tile, head] for head in heads])
+            higher = jnp.maximum(maximum, log)
+            shrink, weight = jnp.exp2(maximum - higher), jnp.exp2(log - higher)
+            held = plgpu.load(sums.at[item, tile, lanes], layout=vector, optimized=False)
+            return higher, total * shrink + weight, out * shrink + held * weight
 
-            start = [across([value] * len(heads)) for value in (MASKED, 0.0, 0.0)]
-            _, total, added = lax.fori_loop(first_items[row], first_items[row + 1], add, tuple(start))
-            out[row, tile, pl.ds(line * LANES, LANES)] = (added / jnp.maximum(total, 1e-30)).astype(dtype)
+        start = tuple(across([value] * len(heads)) for value in (MASKED, 0.0, 0.0))
+        _, total, added = lax.fori_loop(first_items[row], first_items[row + 1], add, start)
+        out[row, tile, lanes] = (added / jnp.maximum(total, 1e-30)).astype(dtype)
 
-    return plgpu.kernel(
+    out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_rows, num_tiles, rows * width), dtype),
-        grid=(num_rows, num_tiles),
-        grid_names=("row", "tile"),
+        out_type=jax.ShapeDtypeStruct((num_rows, num_tiles, num_lines * LANES), dtype),
+        grid=(num_rows, num_tiles, num_lines),
+        grid_names=("row", "tile", "line"),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="add_items",
     )(first_items, sums.reshape(num_items, num_tiles, rows * width), logs)
+    return out[..., : used * width].reshape(num_rows, num_tiles, used, width)

@@ -86,7 +86,7 @@ def check(step: Compiled) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_compile_for_one_gpu_and_write_the_cache_in_place(name):
-    with target_of("h200", 1, MODELS[name], num_layers=2) as (target, buckets):
+    with target_of("h200", 1, MODELS[name], num_layers=2, chunked_prefill_size=512) as (target, buckets):
         assert target.shape.attention.name == "pallas (the Hopper kernels)"
         for step in compile_steps(target, [buckets[64, 0], buckets[0, 512], buckets[64, 512]]).values():
             check(step)
@@ -95,7 +95,7 @@ def test_layers_compile_for_one_gpu_and_write_the_cache_in_place(name):
 def test_a_layer_on_eight_gpus_adds_up_twice_and_exchanges_nothing_else():
     found = {}
     for num_layers in (1, 2):
-        with target_of("h200", 8, LLAMA_8B, num_layers=num_layers) as (target, buckets):
+        with target_of("h200", 8, LLAMA_8B, num_layers=num_layers, chunked_prefill_size=512) as (target, buckets):
             (found[num_layers],) = compile_steps(target, [buckets[64, 512]]).values()
     check(found[2])
     assert collectives(found[2].text) - collectives(found[1].text) == {"all-reduce": 2}
