@@ -36,7 +36,7 @@ from jaxserve.store import (
 )
 from jaxserve.store.folder import new_id
 from jaxserve.store.postgres.database import PostgresDatabase, Session
-from jaxserve.store.records import errors_to_text, metadata_to_text
+from jaxserve.store.records import errors_to_text, new_batch
 from jaxserve.store.responses import Responses
 
 PIECE_BYTES = 1 << 20
@@ -160,18 +160,12 @@ class PostgresStore:
     ) -> Batch:
         now, batch_id = self._now(), new_id("batch_")
         columns = {
-            "id": batch_id,
             "endpoint": endpoint,
             "input_file_id": input_file_id,
             "completion_window": completion_window,
-            "status": "failed" if errors else "validating",
-            "created_at": now,
-            "expires_at": now + expires_after,
-            "failed_at": now if errors else None,
-            "errors": errors_to_text(errors),
-            "metadata": metadata_to_text(metadata),
             "output_expires_after": output_expires_after,
             "worker": self.worker,
+            **new_batch(batch_id, now, expires_after, metadata, errors),
         }
         with self._db.session() as db:
             if not errors:
