@@ -254,13 +254,15 @@ class PostgresStore:
             return queries.pending_rows(db, queries.seq_of(db, batch_id), after, limit)
 
     def claim_rows(self, batch_id: str, *, limit: int) -> tuple[Row, ...]:
-        sql = f"""UPDATE batch_rows SET worker = ? WHERE batch = ? AND position IN (
+        # The choice is made once, before the update; a plain subquery may be run again for each row.
+        sql = f"""WITH free AS MATERIALIZED (
             SELECT position FROM batch_rows WHERE batch = ? AND outcome IS NULL AND {FREE}
             ORDER BY position LIMIT ? FOR UPDATE SKIP LOCKED
-        ) RETURNING position, line, "offset", num_bytes"""
+        ) UPDATE batch_rows SET worker = ? WHERE batch = ? AND position IN (SELECT position FROM free)
+        RETURNING position, line, "offset", num_bytes"""
         with self._db.session() as db:
             seq = queries.seq_of(db, batch_id)
-            rows = db.all(sql, self.worker, seq, seq, limit)
+            rows = db.all(sql, seq, limit, self.worker, seq)
         return tuple(Row(position, RowSpan(*span)) for position, *span in sorted(rows))
 
     def release_rows(self, batch_id: str) -> None:
