@@ -21,19 +21,42 @@ _LOADABLE = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes
 Progress = Callable[[int, int, str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows start .. start + count of a tensor's axis; name None: zeros."""
+
+    name: str | None
+    start: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Target:
     """One array to be filled.
 
-    Several names are joined along the first axis of the Hugging Face orientation; transpose then turns the matrix.
-    shape, dtype and sharding are those of the result.
+    tensors: what it is made of, and the shape that each must have in Hugging Face's orientation. Their parts lie one
+    after another along axis (no parts: all of each tensor); transpose then turns the matrix. dtype and sharding are
+    those of the result.
     """
 
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
+    tensors: Mapping[str, tuple[int, ...]]
     dtype: DTypeLike
     sharding: jax.sharding.Sharding
     transpose: bool = False
+    axis: int = 0
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts and next(iter(self.tensors.values())):
+            whole = tuple(Part(name, 0, shape[self.axis]) for name, shape in self.tensors.items())
+            object.__setattr__(self, "parts", whole)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        first = next(iter(self.tensors.values()))
+        size = tuple(sum(part.count for part in self.parts) if i == self.axis else n for i, n in enumerate(first))
+        return size[::-1] if self.transpose else size
 
 
 def load(
@@ -67,18 +90,18 @@ def load(
 
 
 def _check(source: TensorSource, key: str, target: Target, where: str) -> None:
-    infos = [require(source, name, where) for name in target.names]
-    for name, info in zip(target.names, infos, strict=True):
+    for name, shape in target.tensors.items():
+        info = require(source, name, where)
         if info.dtype not in _LOADABLE:
             raise CheckpointError(
                 f"{where}: tensor {name!r} is {info.dtype}; expected float32, float16 or bfloat16 "
                 "(checkpoints quantised this way cannot be loaded)"
             )
-    wanted = target.shape[::-1] if target.transpose else target.shape
-    found = (sum(info.shape[0] for info in infos), *infos[0].shape[1:]) if infos[0].shape else ()
-    if found != tuple(wanted) or any(info.shape[1:] != infos[0].shape[1:] for info in infos):
-        shapes = " + ".join(f"{name} {list(info.shape)}" for name, info in zip(target.names, infos, strict=True))
-        raise CheckpointError(f"{where}: {key!r} expects {list(wanted)}, found {shapes}; is config.json of this model?")
+        if info.shape != tuple(shape):
+            raise CheckpointError(
+                f"{where}: {key!r} expects tensor {name!r} {list(shape)}, found {list(info.shape)}; "
+                "is config.json of this model?"
+            )
 
 
 def _array(source: TensorSource, target: Target) -> jax.Array:
@@ -100,17 +123,21 @@ def _fill(source: TensorSource, target: Target, bounds: tuple[tuple[int, int], .
     out = aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(target.dtype))
     turned = out.T if target.transpose else out  # Hugging Face's orientation
     if not bounds:
-        out[...] = source.read(target.names[0])
+        out[...] = source.read(next(iter(target.tensors)))
         return out
-    (first, last), *rest = bounds[::-1] if target.transpose else bounds
-    offset = 0
-    for name in target.names:
-        size = source.tensors[name].shape[0]
-        start, stop = max(first, offset), min(last, offset + size)
+    wanted = [slice(*bound) for bound in (bounds[::-1] if target.transpose else bounds)]
+    first, last, offset = wanted[target.axis].start, wanted[target.axis].stop, 0
+    for part in target.parts:
+        start, stop = max(first, offset), min(last, offset + part.count)
         if start < stop:
-            index = (slice(start - offset, stop - offset), *(slice(*part) for part in rest))
-            _copy(turned[start - first : stop - first], source.read(name, index))
-        offset += size
+            filled = turned[(*[slice(None)] * target.axis, slice(start - first, stop - first))]
+            if part.name is None:
+                filled[...] = 0
+            else:
+                index = list(wanted)
+                index[target.axis] = slice(start - offset + part.start, stop - offset + part.start)
+                _copy(filled, source.read(part.name, tuple(index)))
+        offset += part.count
     return out
 
 

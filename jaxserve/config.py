@@ -214,7 +214,8 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     attention_backend: Literal["auto", "pallas", "xla"] = "auto"  # auto: pallas on TPU and Hopper, xla elsewhere
-    tp_size: int | None = None
+    tp_size: int | None = None  # devices that share out the heads of every layer
+    dp_size: int | None = None  # ranks of tp_size devices that serve rows of their own; both None: all devices
     max_model_len: int | None = None
     max_running: int | None = None  # rows that decode together
     max_total_tokens: int | None = None  # tokens of KV cache

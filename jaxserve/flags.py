@@ -129,6 +129,19 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
     Flag(
+        ("--tp-size", "--tensor-parallel-size", "--tp"),
+        "engine.tp_size",
+        "devices that share out the heads of every layer (default: on accelerators all that --dp-size leaves)",
+        positive,
+    ),
+    Flag(
+        ("--dp-size", "--data-parallel-size", "--dp"),
+        "engine.dp_size",
+        "ranks of --tp-size devices, each with all weights and with rows and KV cache of its own "
+        "(default: 1, or what uses all devices without holding a KV head twice)",
+        positive,
+    ),
+    Flag(
         ("--attention-backend",),
         "engine.attention_backend",
         "auto: pallas on TPU, Hopper; else xla",

@@ -58,14 +58,8 @@ _ONE = ("1",)
 NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--allowed-methods": (('["*"]',), "--allowed-origins may use every method"),
     "--allowed-headers": (('["*"]',), "--allowed-origins may send every header"),
-    "--tp-size": (_ONE, "one device is used"),
-    "--tensor-parallel-size": (_ONE, "one device is used"),
-    "--tp": (_ONE, "one device is used"),
-    "--dp-size": (_ONE, "one replica is run; start several servers behind a load balancer"),
-    "--data-parallel-size": (_ONE, "one replica is run; start several servers behind a load balancer"),
-    "--dp": (_ONE, "one replica is run; start several servers behind a load balancer"),
-    "--pipeline-parallel-size": (_ONE, "one device is used"),
-    "--pp-size": (_ONE, "one device is used"),
+    "--pipeline-parallel-size": (_ONE, "layers are not shared out; use --tp-size"),
+    "--pp-size": (_ONE, "layers are not shared out; use --tp-size"),
     "--nnodes": (_ONE, "one host is used"),
     "--node-rank": (("0",), "one host is used"),
     "--dist-init-addr": ((), "one host is used"),
@@ -93,7 +87,7 @@ NOT_YET_SWITCHES: dict[str, str] = {
     "--enable-lora": "adapters are not there",
     "--enable-priority-scheduling": "requests have one priority",
     "--allow-auto-truncate": "prompts are never cut",
-    "--enable-dp-attention": "one device is used",
+    "--enable-dp-attention": "--dp-size gives every rank all weights",
     "--enable-nan-detection": "logits are not checked",
 }
 REMOTE_CODE = (

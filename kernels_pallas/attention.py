@@ -15,12 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas import tpu, xla
 from kernels_pallas.cache import KVCache
 from kernels_pallas.kinds import FULL, LayerKind, Work
-from kernels_pallas.sharded import over_heads
 
 Layer = int | jax.Array
 
@@ -59,7 +57,6 @@ class Attention:
 def choose(
     platform: str,
     wanted: str = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
     *,
     num_kv_heads: int = 1,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -68,9 +65,9 @@ def choose(
 ) -> Attention:
     """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
 
-    "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. mesh: its axis "tp" shares out the
-    heads of a kernel; XLA partitions its own path. num_kv_heads: of the model; dtype: of the cache; the rest: what
-    gpu_facts says of a GPU. Raises ValueError where there is no such backend.
+    "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. Every backend attends with the
+    heads of one device: who shares heads out over several calls it on each. num_kv_heads: of one device; dtype: of the
+    cache; the rest: what gpu_facts says of a GPU. Raises ValueError where there is no such backend.
     """
     missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
     if is_gpu := platform in ("gpu", "cuda", "rocm"):
@@ -85,13 +82,12 @@ def choose(
     if missing:
         raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
     if is_gpu:
-        shards = 1 if mesh is None else mesh.shape["tp"]
         blocks = {} if num_multiprocessors is None else {"num_blocks": num_multiprocessors}
-        plan = functools.partial(gpu.plan, num_kv_heads=max(num_kv_heads // shards, 1), **blocks)
-        attend = over_heads(functools.partial(gpu.attend, **blocks), mesh)
+        plan = functools.partial(gpu.plan, num_kv_heads=num_kv_heads, **blocks)
+        attend = functools.partial(gpu.attend, **blocks)
         return Attention("pallas (the Hopper kernels)", plan, attend, gpu.PAGE_MULTIPLE)
     interpret = platform == "cpu"
-    attend = over_heads(functools.partial(tpu.attend, interpret=interpret), mesh)
+    attend = functools.partial(tpu.attend, interpret=interpret)
     name = "the TPU kernels, interpreted: for tests" if interpret else "the TPU kernels"
     return Attention(f"pallas ({name})", tpu.plan, attend, 1 if interpret else tpu.PAGE_MULTIPLE)
 

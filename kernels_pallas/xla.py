@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DECODE_BLOCK_TOKENS = 32
 DECODE_TURN_ITEMS = 16  # at least: fewer rows than that take several blocks each in a turn
-PREFILL_BLOCK_TOKENS = 512
+PREFILL_BLOCK_TOKENS = 128
 _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its rescaling free of NaN
 
 

@@ -28,9 +28,10 @@ from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.sharding import Parameter, describe, make_mesh
 from jaxserve.scheduling.grammar import Vocabulary
-from jaxserve.scheduling.plan import StepPlan
+from jaxserve.scheduling.plan import Plan
+from jaxserve.scheduling.ranks import make_scheduler
 from jaxserve.scheduling.readings import read_messages
-from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig, buckets
+from jaxserve.scheduling.scheduler import SchedulerConfig, buckets
 from jaxserve.types import Embedded, EngineStats, Request, SamplingParams, StepEvents, TokenLogprobs
 from kernels_pallas.attention import choose
 
@@ -130,10 +131,11 @@ class Driver:
     config: SchedulerConfig
     overlap: bool = True
     vocabulary: Vocabulary | None = None  # for requests with a grammar
-    plans: list[StepPlan] = field(default_factory=list)
+    num_ranks: int = 1
+    plans: list[Plan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = make_scheduler(self.config, self.num_ranks)
         self._next_id = 0
 
     @property
@@ -159,7 +161,7 @@ class Driver:
             self.scheduler.add(request, 0.0, matcher)
             answers[self._next_id] = Answer()
             self._next_id += 1
-        flight: deque[tuple[StepPlan, Any]] = deque()
+        flight: deque[tuple[Plan, Any]] = deque()
         turn = 0
         while self.scheduler.has_work or flight:
             on_turn(turn)
@@ -179,9 +181,10 @@ class Driver:
             self.scheduler.check_invariants()
         return list(answers.values())
 
-    def _commit(self, plan: StepPlan, handle: Any, answers: dict[int, Answer]) -> None:
+    def _commit(self, plan: Plan, handle: Any, answers: dict[int, Answer]) -> None:
         result = handle.result()
-        for message in read_messages(plan, result):
+        messages = [m for part, told in zip(plan.parts, result.parts, strict=True) for m in read_messages(part, told)]
+        for message in messages:
             answer = answers[message.request_id]
             assert not answer.token_ids and answer.vector is None, "told after the first token, or twice"
             if isinstance(message, Embedded):

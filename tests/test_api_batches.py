@@ -323,3 +323,23 @@ def test_a_server_without_a_store_says_so():
     with ApiServer() as server:
         for reply in (server.http.get("/v1/files"), server.http.get("/v1/batches")):
             assert error_of(reply, 503)["code"] == "storage_unavailable"
+
+
+@pytest.mark.parametrize(("num_failures", "status"), [(3, "completed"), (1000, "failed")])
+def test_a_mistake_of_the_worker_costs_no_more_than_its_batch(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, num_failures: int, status: str
+):
+    claim, failures = store.claim_rows, iter(range(num_failures))
+
+    def claim_rows(batch_id: str, *, limit: int):
+        if next(failures, None) is not None:
+            raise RuntimeError("a mistake")
+        return claim(batch_id, limit=limit)
+
+    monkeypatch.setattr(store, "claim_rows", claim_rows)
+    with ApiServer("hello", store=store, worker={"tick": 0.001}) as server:
+        batch = finish(server.openai, start(server.openai, jsonl([chat_line("a", max_tokens=1)])))
+        assert batch.status == status, batch
+        if status == "failed":
+            assert [error.code for error in batch.errors.data] == ["server_error"]
+            assert batch.request_counts.total == 1

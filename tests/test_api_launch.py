@@ -18,6 +18,7 @@ from jaxserve.progress import CLEAR_LINE, StageReporter, describe
 from jaxserve.utils import _free_port, launch_server, launch_server_cmd, terminate_process, wait_for_server
 from tests.fakes import write_byte_level
 
+PROC = Path("/proc/self/environ")  # Linux
 DRIVER = Path(__file__).with_name("scripted_server.py")
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256}
 
@@ -33,6 +34,7 @@ class Launched:
         self.url = f"http://127.0.0.1:{self.port}"
         self.pid_file = folder / "engine.pid"
         environment = os.environ | {"ENGINE_PID_FILE": str(self.pid_file)} | ({"SCRIPT": script} if script else {})
+        environment.pop("GLIBC_TUNABLES", None)
         command = [
             sys.executable,
             str(DRIVER),
@@ -63,6 +65,9 @@ class Launched:
     def end(self, seconds: float = 20) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output
+
+    def engine_environment(self) -> list[str]:
+        return Path(f"/proc/{int(self.pid_file.read_text())}/environ").read_text().split("\0")
 
     def engine_alive(self) -> bool:
         try:
@@ -126,6 +131,7 @@ def test_a_second_signal_ends_it_now(tmp_path):
 def test_a_signal_during_the_start_ends_it(tmp_path):
     with Launched(tmp_path, script="slow") as server:
         assert eventually(server.pid_file.exists, 60)
+        assert not PROC.exists() or "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in server.engine_environment()
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(server.url + "/health", timeout=5)
         assert refusal.value.code == 503

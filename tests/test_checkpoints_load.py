@@ -18,12 +18,13 @@ from checkpoints.files import CheckpointError, SafetensorsSource, TensorInfo
 from checkpoints.gguf import GGUFSource
 from checkpoints.hub import resolve_model
 from checkpoints.llama import hf_name, tensor_names, tensor_shapes
-from checkpoints.load import ALIGNMENT, DummySource, Target, load
+from checkpoints.load import ALIGNMENT, DummySource, Part, Target, load
 from checkpoints.storage import read_checkpoint_file
 from tests import tiny_llama
 
 ONE = SingleDeviceSharding(jax.devices("cpu")[0])
 Q, K, V = (hf_name(0, part) for part in "qkv")
+QKV = {Q: (64, 64), K: (32, 64), V: (32, 64)}  # of the tiny Llama
 
 
 def quiet(done, total, message):
@@ -59,10 +60,10 @@ def test_names_and_shapes_are_those_of_the_checkpoint(tmp_path):
 def test_loading_casts_turns_and_joins(tiny):
     source = SafetensorsSource(tiny)
     targets = {
-        "plain": Target((Q,), (64, 64), np.dtype(np.float32), ONE),
-        "turned": Target((hf_name(0, "up"),), (64, 96), np.dtype(np.float32), ONE, transpose=True),
-        "qkv": Target((Q, K, V), (64, 128), np.dtype(ml_dtypes.bfloat16), ONE, transpose=True),
-        "norm": Target((hf_name(None, "norm"),), (64,), np.dtype(np.float32), ONE),
+        "plain": Target({Q: (64, 64)}, np.dtype(np.float32), ONE),
+        "turned": Target({hf_name(0, "up"): (96, 64)}, np.dtype(np.float32), ONE, transpose=True),
+        "qkv": Target(QKV, np.dtype(ml_dtypes.bfloat16), ONE, transpose=True),
+        "norm": Target({hf_name(None, "norm"): (64,)}, np.dtype(np.float32), ONE),
     }
     steps = []
     found = load(source, targets, progress=lambda *step: steps.append(step))
@@ -80,7 +81,7 @@ def test_loaded_arrays_own_their_memory(tmp_path):
     path = tmp_path / "model.safetensors"
     values = {"w": np.arange(4096, dtype=np.float32).reshape(64, 64)}
     tiny_llama.write_safetensors(path, values)
-    array = load(SafetensorsSource(str(path)), {"w": Target(("w",), (64, 64), np.float32, ONE)}, progress=quiet)["w"]
+    array = load(SafetensorsSource(str(path)), {"w": Target({"w": (64, 64)}, np.float32, ONE)}, progress=quiet)["w"]
     with open(path, "r+b") as file:
         file.seek(-4096 * 4, os.SEEK_END)
         file.write(bytes(4096 * 4))
@@ -95,13 +96,13 @@ import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from checkpoints.files import SafetensorsSource
 from checkpoints.load import Target, load
-from tests.test_checkpoints_load import Recording, Q, K, V, quiet
+from tests.test_checkpoints_load import Recording, Q, K, V, QKV, quiet
 assert jax.device_count() == 4
 source = Recording(SafetensorsSource(FOLDER))
 mesh = Mesh(np.array(jax.devices()), ("tp",))
 targets = {
-    "qkv": Target((Q, K, V), (64, 128), np.float32, NamedSharding(mesh, P(None, "tp")), True),
-    "copies": Target((Q,), (64, 64), np.float32, NamedSharding(mesh, P())),
+    "qkv": Target(QKV, np.float32, NamedSharding(mesh, P(None, "tp")), True),
+    "copies": Target({Q: (64, 64)}, np.float32, NamedSharding(mesh, P())),
 }
 found = load(source, targets, progress=quiet)
 joined = np.concatenate([source.source.read(name) for name in (Q, K, V)]).T
@@ -115,25 +116,41 @@ assert read == 128 * 64 + 64 * 64, read  # every byte once, the copies' too
 
 def test_a_missing_tensor_and_a_wrong_shape_stop_before_anything_is_read(tiny):
     source = Recording(SafetensorsSource(tiny))
-    good = Target((Q,), (64, 64), np.dtype(np.float32), ONE)
+    good = Target({Q: (64, 64)}, np.dtype(np.float32), ONE)
 
-    def fails(match, **target):
+    def fails(match, **tensors):
         with pytest.raises(CheckpointError, match=match):
-            load(source, {"good": good, "bad": Target(**target, sharding=ONE)}, progress=quiet)
+            load(source, {"good": good, "bad": Target(tensors, np.dtype(np.float32), ONE)}, progress=quiet)
         assert source.reads == []
 
-    float32 = np.dtype(np.float32)
-    fails("no tensor 'lm_tail.weight'", names=("lm_tail.weight",), shape=(1, 1), dtype=float32)
-    fails(r"'bad' expects \[64, 65\], found .*q_proj.weight \[64, 64\]", names=(Q,), shape=(64, 65), dtype=float32)
-    fails(r"expects \[64, 96\], found", names=(hf_name(0, "up"),), shape=(64, 96), dtype=float32)
-    fails("found .* \\+ ", names=(Q, hf_name(0, "down")), shape=(128, 64), dtype=float32)
+    fails("no tensor 'lm_tail.weight'", **{"lm_tail.weight": (1, 1)})
+    fails(r"'bad' expects tensor .*q_proj.weight' \[64, 65\], found \[64, 64\]", **{Q: (64, 65)})
+    fails(r"expects .* \[64, 96\], found \[96, 64\]", **{hf_name(0, "up"): (64, 96)})
+
+
+def test_parts_of_tensors_and_zeros_lie_along_either_axis(tiny):
+    source = SafetensorsSource(tiny)
+    down = hf_name(0, "down")
+    parts = (Part(K, 16, 16), Part(None, 0, 3), Part(Q, 0, 8), Part(K, 0, 5))
+    columns = (Part(down, 90, 6), Part(None, 0, 2), Part(down, 0, 4))
+    targets = {
+        f"{axis} {transpose}": Target(tensors, np.float32, ONE, transpose=transpose, axis=axis, parts=each)
+        for axis, tensors, each in ((0, {Q: (64, 64), K: (32, 64)}, parts), (1, {down: (64, 96)}, columns))
+        for transpose in (False, True)
+    }
+    found = load(source, targets, progress=quiet)
+    q, k, d = source.read(Q), source.read(K), source.read(down)
+    rows = np.concatenate([k[16:32], np.zeros((3, 64)), q[:8], k[:5]])
+    joined = np.concatenate([d[:, 90:], np.zeros((64, 2)), d[:, :4]], axis=1)
+    for key, want in {"0 False": rows, "0 True": rows.T, "1 False": joined, "1 True": joined.T}.items():
+        assert targets[key].shape == want.shape and np.array_equal(found[key], want), key
 
 
 def test_scaled_integer_and_fp8_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     tiny_llama.write_safetensors(path, {"w": np.ones((2, 2), ml_dtypes.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match="'w' is float8_e4m3fn; expected float32"):
-        load(SafetensorsSource(str(path)), {"w": Target(("w",), (2, 2), np.dtype(np.float32), ONE)}, progress=quiet)
+        load(SafetensorsSource(str(path)), {"w": Target({"w": (2, 2)}, np.dtype(np.float32), ONE)}, progress=quiet)
 
 
 def test_dummy_weights_depend_on_the_seed_alone_and_slices_agree():
@@ -317,7 +334,7 @@ def test_the_default_model_loads_from_its_converted_checkpoint(default_model):
     convert(source, default_model.orbax_path, extra_files=default_model.folder, progress=quiet)
     found = OrbaxSource(default_model.orbax_path)
     targets = {
-        name: Target((name,), info.shape[::-1], np.dtype(np.float32), ONE, transpose=len(info.shape) == 2)
+        name: Target({name: info.shape}, np.dtype(np.float32), ONE, transpose=len(info.shape) == 2)
         for name, info in found.tensors.items()
         if "layers." not in name or "layers.17." in name
     }

@@ -434,7 +434,7 @@ def test_what_a_person_can_mend_ends_the_engine_with_2_and_says_what(tmp_path):
     assert (code, said[-1].exit_code) == (2, 2)
     assert "--max-model-len 1000000" in said[-1].message
     code, said = run_main(EngineConfig(folder, str(tmp_path), tp_size=3))
-    assert code == 2 and "--tp-size 3" in said[-1].message
+    assert code == 2 and "--tp-size 3 and --dp-size 1 take 3 devices" in said[-1].message
 
 
 def test_a_step_that_fails_ends_the_engine_with_1_and_its_message(monkeypatch):

@@ -102,8 +102,8 @@ def test_a_wrong_file_is_an_error_that_names_the_flag_or_the_file(tmp_path, text
         ("--served-modell-name x", "--served-model-name"),
         ("serve", "--model serve"),
         ("--trust-remote-code", "never executes code"),
-        ("--tp-size 2", "only 1"),
-        ("--tensor_parallel_size=4", "only 1"),
+        ("--pp-size 2", "only 1"),
+        ("--tensor_parallel_size=0", "at least 1"),
         ("--quantization fp8", "not supported yet"),
         ("--enable-lora", "not supported yet"),
         ("--port 70000", "70000"),
@@ -122,7 +122,7 @@ def test_a_wrong_flag_says_what_to_change(line, words):
 
 
 def test_features_of_one_device_are_accepted_at_one():
-    line = "--tp-size 1 --dp-size=1 --nnodes 1 --node-rank 0 --kv-cache-dtype auto --cpu-offload-gb 0"
+    line = "--pp-size 1 --nnodes 1 --node-rank 0 --kv-cache-dtype auto --cpu-offload-gb 0"
     assert parse(line.split()).engine == {}
 
 

@@ -2,6 +2,7 @@
 what an engine really holds."""
 
 import json
+import logging
 import math
 from dataclasses import replace
 
@@ -164,8 +165,13 @@ def config_json(tmp_path):
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as left:
-        main(["plan", *argv])
+    logger = logging.getLogger("jaxserve")
+    before = logger.level
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["plan", *argv])
+    finally:
+        logger.setLevel(before)  # the command quiets its process
     out, err = capsys.readouterr()
     return left.value.code, out, err
 

@@ -84,6 +84,7 @@ def test_flags_win_over_what_the_device_would_choose():
     assert (scheduler.max_model_len, scheduler.mixed, chosen.dtype) == (512, True, "bfloat16")
     assert (scheduler.policy, scheduler.radix_cache) == ("fcfs", False)
     assert scheduler.decode_buckets == (2, 4, 5)
+    assert sizes(SMOLLM2, CPU, **asked | {"dtype": "float32"}).scheduler.decode_buckets == (1, 2, 4, 5)
 
 
 def test_a_chunk_is_rounded_up_to_pages_with_a_note_and_down_to_the_context_without():

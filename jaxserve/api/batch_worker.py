@@ -152,8 +152,10 @@ class BatchWorker:
             ):
                 run.interrupted.set()
         if self.serving.stage() is None:
+            were_at_work = {run.batch.id for run in known}  # one that has ended since may be among the active ones
             for batch in active.values():
-                self.adopt(batch)
+                if batch.id not in were_at_work:
+                    self.adopt(batch)
         self._adopted = True
         self.serving.metrics.num_batch_pending.set(sum(batch.num_pending for batch in self.batches))
 
@@ -167,7 +169,7 @@ class BatchWorker:
                     run.batch = error.batch
                 except StoreError as error:
                     await self._on_store_error(run, error)
-                except EngineUnavailable:
+                except (EngineUnavailable, NoSuchBatch):
                     raise
                 except Exception:
                     log.exception("batch %s: the worker failed", run.batch.id)

@@ -19,6 +19,7 @@ from jaxserve.engine.sizing import DeviceFacts, Sizes, resolve
 from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
+from jaxserve.model.partition import Shares
 from jaxserve.model.sharding import Parameter, Params, describe, make_mesh
 from kernels_pallas.attention import Attention, choose, gpu_facts
 
@@ -64,7 +65,7 @@ def draw(
         config=model,
         layout=Layout.of(device.platform),
         structure=structure,
-        attention=_attention(config, device, mesh, model, sizes),
+        attention=_attention(config, device, model, sizes),
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
         chunk_size=sizes.scheduler.chunk_size,
@@ -80,8 +81,12 @@ def build(config: EngineConfig, report: Report) -> Engine:
     platform = devices[0].platform
     model = read_model_config(config)
     facts = DeviceFacts(platform, len(devices), _memory(devices[0]), **gpu_facts(devices[0]))
-    blueprint = draw(model, config, facts, lambda sizes: make_mesh(devices))
+    blueprint = draw(model, config, facts, lambda sizes: make_mesh(devices[: sizes.dp * sizes.tp], sizes.dp))
     sizes, runner = blueprint.sizes, blueprint.runner
+    if config.record_plans and sizes.dp > 1:
+        raise ConfigError("--record-plans records one rank; leave --dp-size out")
+    devices = devices[: sizes.dp * sizes.tp]
+    logger.info("mesh: dp %d x tp %d of %s", sizes.dp, sizes.tp, devices[0].device_kind)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, blueprint.parameters, report)
         abstract = jax.tree.map(Parameter.abstract, blueprint.parameters)
@@ -99,26 +104,20 @@ def program_folder(config: EngineConfig) -> str:
 
 
 def devices_of(config: EngineConfig) -> list[jax.Device]:
-    """The devices to serve on: one, until meshes of several are served."""
+    """The devices that may be used. Raises ConfigError where there are none."""
     try:
-        found = jax.devices() if config.device == "auto" else jax.devices(config.device)
+        return jax.devices() if config.device == "auto" else jax.devices(config.device)
     except RuntimeError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
-    if config.tp_size not in (None, 1):
-        raise ConfigError(f"--tp-size {config.tp_size} is not served yet; this version serves on one device")
-    return found[:1]
 
 
-def _attention(
-    config: EngineConfig, device: DeviceFacts, mesh: Mesh | AbstractMesh, model: ModelConfig, sizes: Sizes
-) -> Attention:
+def _attention(config: EngineConfig, device: DeviceFacts, model: ModelConfig, sizes: Sizes) -> Attention:
     page_size = sizes.scheduler.page_size
     try:
         attention = choose(
             device.platform,
             config.attention_backend,
-            mesh,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=Shares.of(model, sizes.tp).num_kv_heads,
             dtype=jnp.dtype(sizes.dtype),
             capability=device.capability,
             num_multiprocessors=device.num_multiprocessors,

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax import lax
 
 from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
+from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, PAGES, STACKED, Spread, specs_of
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
@@ -82,7 +83,7 @@ class Target:
     state: DeviceState
     shape: StepShape
     max_model_len: int
-    replicated: NamedSharding
+    spread: Spread
     layers_per_program: int | None  # None: a step is one program
 
 
@@ -169,13 +170,13 @@ def compile_programs(
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
     num_spans = max((bucket.num_chunks for bucket in buckets), default=0)
-    for name, lower in readout.lower(target.params, target.shape, target.replicated, num_spans).items():
+    for name, lower in readout.lower(target.params, target.shape, target.spread, num_spans).items():
         builder.add(name, lower)
     # The slowest first: the pool then ends evenly.
     for bucket in sorted(buckets, key=lambda b: -b.num_tokens):
         builder.add_bucket(bucket)
     with precision(target.params):
-        store = open_store(folder, target.replicated, _describe(target, buckets))
+        store = open_store(folder, target.spread.devices, _describe(target, buckets))
         done = compile_all(builder.lowerings, progress, store)
     return Programs(
         steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
@@ -243,38 +244,48 @@ class _Builder:
 
     def _lower_begin(self, bucket: Bucket) -> Any:
         t = self.target
-        begin = functools.partial(begin_step, shape=t.shape, bucket=bucket)
-        return self._lower(begin, t.params.embed, t.state.last_token, self._vector(bucket))
+        return self._lower(*self._begin(bucket), (t.params.embed, t.state.last_token, self._vector(bucket)))
+
+    def _begin(self, bucket: Bucket) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+        """The function, and how its arguments and results lie on the mesh."""
+        function = functools.partial(begin_step, shape=self.target.shape, bucket=bucket)
+        return function, (specs_of(self.target.params.embed), BY_RANK, BY_RANK), (self._tokens, STACKED)
 
     def _lower_layers(self, bucket: Bucket) -> Any:
         t = self.target
         hidden, shared = self._begun(bucket)
         some = t.params.layers[: t.layers_per_program]
-        first = jax.ShapeDtypeStruct((), jnp.int32, sharding=t.replicated)
+        first = t.spread.abstract((), jnp.int32, EVERYWHERE)
+        ins = (specs_of(some), self._tokens, PAGES, EVERYWHERE, STACKED)
         layers = functools.partial(run_layers, shape=t.shape)
-        return self._lower(layers, some, hidden, t.state.cache, first, shared, donate=(1, 2))
+        return self._lower(
+            layers, ins, (self._tokens, PAGES), (some, hidden, t.state.cache, first, shared), donate=(1, 2)
+        )
 
     def _lower_pick(self, bucket: Bucket) -> Any:
-        return self._lower(functools.partial(pick, shape=self.target.shape, bucket=bucket), *self._begun(bucket))
+        return self._lower(*self._pick(bucket), self._begun(bucket))
+
+    def _pick(self, bucket: Bucket) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+        function = functools.partial(pick, shape=self.target.shape, bucket=bucket)
+        return function, (self._tokens, STACKED), (self._tokens, self._tokens)
 
     def _lower_finish(self, bucket: Bucket) -> Any:
         t = self.target
         rows, shared = self._begun(bucket)
         if bucket.num_prefill:
-            picked = functools.partial(pick, shape=t.shape, bucket=bucket)
-            rows, _ = self._abstract(jax.eval_shape(picked, rows, shared))
+            rows, _ = self._abstract(*self._pick(bucket), (rows, shared))
         finish = functools.partial(finish_step, shape=t.shape)
+        ins = (specs_of(t.params.embed), specs_of(t.params.head), self._tokens, BY_RANK, BY_RANK, STACKED, BY_RANK)
         state = (t.state.last_token, t.state.sampling)
         arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
-        return self._lower(finish, *arguments, donate=(3, 4))
+        return self._lower(finish, ins, (BY_RANK, BY_RANK, BY_RANK), arguments, donate=(3, 4))
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
         """Abstract (hidden, shared) after `begin`."""
         if bucket not in self._begun_by_bucket:
             t = self.target
-            begin = functools.partial(begin_step, shape=t.shape, bucket=bucket)
-            made = jax.eval_shape(begin, t.params.embed, t.state.last_token, self._vector(bucket))
-            self._begun_by_bucket[bucket] = self._abstract(made)
+            arguments = (t.params.embed, t.state.last_token, self._vector(bucket))
+            self._begun_by_bucket[bucket] = self._abstract(*self._begin(bucket), arguments)
         return self._begun_by_bucket[bucket]
 
     def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
@@ -287,46 +298,59 @@ class _Builder:
             layers=done["layers", bucket],
             pick=done.get(("pick", bucket)),
             sample=done["finish", bucket.num_rows],
-            firsts=tuple(jax.device_put(np.int32(first), self.target.replicated) for first in firsts),
+            firsts=tuple(self.target.spread.put(np.int32(first), EVERYWHERE) for first in firsts),
         )
 
+    @property
+    def _tokens(self) -> Any:
+        """How hidden states lie: each rank has its own tokens."""
+        return BY_RANK_COLUMNS if self.target.shape.layout.feature_major else BY_RANK
+
     def _vector(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
-        size = packed_size(bucket, self.target.shape.max_pages)
-        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.target.replicated)
+        return self.target.spread.abstract((packed_size(bucket, self.target.shape.max_pages),), jnp.int32)
 
     def _masks(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
         shape = (bucket.num_rows, num_words(self.target.shape.config.vocab_size))
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.target.replicated)
+        return self.target.spread.abstract(shape, jnp.int32)
 
     def _lower_whole(self, bucket: Bucket) -> Any:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
-        outputs = (jax.tree.map(lambda leaf: leaf.sharding, t.state), t.replicated)
-        jitted = jax.jit(function, donate_argnums=1, out_shardings=outputs, keep_unused=True)
-        return jitted.lower(t.params, t.state, self._vector(bucket), self._masks(bucket))
+        arguments = (t.params, t.state, self._vector(bucket), self._masks(bucket))
+        rows: Any = BY_RANK
+        output = StepOutput(rows, rows, rows, rows, rows, hidden=self._tokens)
+        ins = (specs_of(t.params), specs_of(t.state), BY_RANK, BY_RANK)
+        return self._lower(function, ins, (specs_of(t.state), output), arguments, donate=(1,))
 
-    def _lower(self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-        """Everything between the stages is replicated, but for the cache. Unused arguments stay, so that the text of
-        a lowered program says which argument is which."""
-        outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(jax.eval_shape(function, *arguments)))
-        jitted = jax.jit(function, donate_argnums=donate, out_shardings=outputs, keep_unused=True)
+    def _lower(
+        self,
+        function: Callable[..., Any],
+        ins: tuple[Any, ...],
+        outs: tuple[Any, ...],
+        arguments: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
+    ) -> Any:
+        """Unused arguments stay, so that the text of a lowered program says which argument is which."""
+        spread = self.target.spread
+        outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(function, ins, outs, arguments))
+        jitted = jax.jit(
+            spread.over(function, ins, outs), donate_argnums=donate, out_shardings=outputs, keep_unused=True
+        )
         return jitted.lower(*arguments)
 
-    def _abstract(self, tree: Any) -> Any:
-        cache = self.target.state.cache.pages
-
-        def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = cache.sharding if leaf.shape == cache.shape else self.target.replicated
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree.map(place, tree)
+    def _abstract(
+        self, function: Callable[..., Any], ins: tuple[Any, ...], outs: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> Any:
+        """What the function gives, as abstract arrays with their shardings."""
+        spread = self.target.spread
+        return spread.described(jax.eval_shape(spread.over(function, ins, outs), *arguments), outs)
 
 
-def open_store(folder: str | None, replicated: NamedSharding, description: str) -> ExecutableStore | None:
+def open_store(folder: str | None, devices: Sequence[jax.Device], description: str) -> ExecutableStore | None:
     """The programs kept in that folder for these devices; description: see ExecutableStore."""
     if folder is None:
         return None
-    store = ExecutableStore(folder, list(replicated.mesh.devices.flat), description)
+    store = ExecutableStore(folder, devices, description)
     store.open()
     return store
 
@@ -347,7 +371,7 @@ def _describe(target: Target, buckets: Sequence[Bucket]) -> str:
         (
             sorted(fields.items()),
             *described((target.params, target.state)),
-            (target.max_model_len, str(target.replicated), target.layers_per_program),
+            (target.max_model_len, str(target.spread.mesh), target.layers_per_program),
             list(buckets),
         )
     )
@@ -373,20 +397,20 @@ def precision(params: Params) -> Any:
 
 
 def _lower_admit(target: Target) -> Any:
-    def array(length: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(() if length is None else (length,), dtype, sharding=target.replicated)
+    spread, state = target.spread, target.state.sampling
+    lengths = {"numbers": 3, "token_ids": target.max_model_len, "bias_ids": MAX_LOGIT_BIAS}
+    arguments = [spread.abstract((length,), jnp.int32) for length in lengths.values()]
+    arguments.append(spread.abstract((MAX_LOGIT_BIAS,), jnp.float32))
+    arguments.append(spread.abstract((MAX_STOP_TOKENS,), jnp.int32))
+    admit = spread.over(_admit, (BY_RANK,) * 6, BY_RANK)
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(admit, donate_argnums=0, out_shardings=outputs, keep_unused=True).lower(state, *arguments)
 
-    outputs = jax.tree.map(lambda leaf: leaf.sharding, target.state.sampling)
-    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=outputs, keep_unused=True).lower(
-        target.state.sampling,
-        array(None, jnp.int32),
-        array(target.max_model_len, jnp.int32),
-        array(None, jnp.int32),
-        array(None, jnp.int32),
-        array(MAX_LOGIT_BIAS, jnp.int32),
-        array(MAX_LOGIT_BIAS, jnp.float32),
-        array(MAX_STOP_TOKENS, jnp.int32),
-    )
+
+def _admit(state: sampling.SamplingState, numbers: jax.Array, *arrays: jax.Array) -> sampling.SamplingState:
+    """numbers [3]: slot, tokens of the prompt, tokens in all; arrays: the others of sampling.admit."""
+    slot, num_prompt, num_tokens = (lax.index_in_dim(numbers, i, keepdims=False) for i in range(3))
+    return sampling.admit(state, slot, arrays[0], num_prompt, num_tokens, *arrays[1:])
 
 
 def lowerings(target: Target, buckets: Sequence[Bucket]) -> dict[Any, Callable[[], Any]]:

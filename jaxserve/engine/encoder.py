@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, EncoderConfig, EngineConfig
 from jaxserve.engine.build import Report, compile_progress, devices_of, program_folder
 from jaxserve.engine.compile import CompileCounter, compile_all, described, open_store, precision
 from jaxserve.engine.history import History
 from jaxserve.engine.loop import received
+from jaxserve.engine.spread import BY_RANK, Spread, specs_of
 from jaxserve.engine.weights import load_params
 from jaxserve.model.bert import EncoderShape, describe, encode
 from jaxserve.model.llama import Layout
@@ -81,8 +81,8 @@ class Handle:
 class EncoderRunner:
     """Owns parameters and executables, one for each bucket."""
 
-    def __init__(self, shape: EncoderShape, buckets: Sequence[EncoderBucket], replicated: NamedSharding):
-        self._shape, self._buckets, self._replicated = shape, tuple(buckets), replicated
+    def __init__(self, shape: EncoderShape, buckets: Sequence[EncoderBucket], spread: Spread):
+        self._shape, self._buckets, self._spread = shape, tuple(buckets), spread
         self._programs: dict[EncoderBucket, Any] = {}
         self._params: Params
 
@@ -96,13 +96,14 @@ class EncoderRunner:
         buckets = sorted(self._buckets, key=lambda b: -b.num_rows * b.num_tokens)
         lowerings = {bucket: functools.partial(self._lower, params, bucket) for bucket in buckets}
         with precision(params):
-            store = open_store(folder, self._replicated, self._describe(params))
+            store = open_store(folder, self._spread.devices, self._describe(params))
             self._programs = compile_all(lowerings, progress, store)
 
     def _lower(self, params: Params, bucket: EncoderBucket) -> Any:
-        batch = jax.ShapeDtypeStruct((bucket.num_rows, bucket.num_tokens + 1), jnp.int32, sharding=self._replicated)
-        function = functools.partial(encode, shape=self._shape)
-        return jax.jit(function, out_shardings=self._replicated, keep_unused=True).lower(params, batch)
+        spread = self._spread
+        batch = spread.abstract((bucket.num_rows // spread.num_ranks, bucket.num_tokens + 1), jnp.int32)
+        function = spread.over(functools.partial(encode, shape=self._shape), (specs_of(params), BY_RANK), BY_RANK)
+        return jax.jit(function, out_shardings=spread.sharding(BY_RANK), keep_unused=True).lower(params, batch)
 
     def _describe(self, params: Params) -> str:
         """All that the programs are made from, the same text in every process."""
@@ -121,7 +122,7 @@ class EncoderRunner:
         for row, request in zip(rows, batch.requests, strict=False):
             row[: len(request.token_ids)] = request.token_ids
             row[-1] = len(request.token_ids)
-        return Handle(self._programs[batch.bucket](self._params, jax.device_put(rows, self._replicated)))
+        return Handle(self._programs[batch.bucket](self._params, self._spread.put(rows)))
 
 
 @dataclass(frozen=True)
@@ -136,28 +137,42 @@ class Encoder:
     platform: str
     device_kind: str
     notes: tuple[str, ...]
+    num_devices: int
 
 
 def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) -> Encoder:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
     programs = program_folder(config)
-    devices = devices_of(config)
+    devices = _devices(config)
     platform = devices[0].platform
     max_len = _max_len(config, model)
     max_tokens = config.chunked_prefill_size or MAX_TOKENS.get(platform, MAX_TOKENS_ACCELERATOR)
-    buckets = encoder_buckets(max_len, max_tokens, config.max_running or max_tokens)
+    ranks = len(devices)
+    each = encoder_buckets(max_len, max_tokens, -(-(config.max_running or max_tokens * ranks) // ranks))
+    buckets = tuple(EncoderBucket(bucket.num_rows * ranks, bucket.num_tokens) for bucket in each)
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, dp=ranks)
     layout = Layout.of(platform)
     structure, description = describe(model, jnp.dtype(dtype), mesh, layout)
-    runner = EncoderRunner(EncoderShape(model, layout, structure), buckets, NamedSharding(mesh, PartitionSpec()))
+    runner = EncoderRunner(EncoderShape(model, layout, structure), buckets, Spread(mesh))
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, description, report)
         runner.compile(jax.tree.map(Parameter.abstract, description), compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
-    return Encoder(runner, buckets, max_len, dtype, counter, platform, devices[0].device_kind, _notes(config))
+    return Encoder(runner, buckets, max_len, dtype, counter, platform, devices[0].device_kind, _notes(config), ranks)
+
+
+def _devices(config: EngineConfig) -> list[jax.Device]:
+    """Each holds the whole encoder and takes rows of its own: --dp-size of them; one on CPU, elsewhere all."""
+    found = devices_of(config)
+    if config.tp_size not in (None, 1):
+        raise ConfigError(f"--tp-size {config.tp_size}: an encoder is not shared out; use --dp-size")
+    wanted = config.dp_size or (1 if found[0].platform == "cpu" else len(found))
+    if wanted > len(found):
+        raise ConfigError(f"--dp-size {wanted} takes {wanted} devices; {len(found)} are there")
+    return found[:wanted]
 
 
 def _max_len(config: EngineConfig, model: EncoderConfig) -> int:

@@ -7,7 +7,7 @@ Short rings that are kept whether anybody watches or not, so that whoever begins
 from collections import deque
 from collections.abc import Iterable
 
-from jaxserve.scheduling.plan import EMIT, StepPlan
+from jaxserve.scheduling.plan import EMIT, Plan
 from jaxserve.types import (
     BucketView,
     EngineStats,
@@ -80,23 +80,24 @@ class History:
         self._steps.append(StepView(self._num_steps, launched, now, *shape, used_decode, used_prefill))
         self._num_steps += 1
 
-    def planned(self, plan: StepPlan, now: float) -> None:
-        """A step of the paged engine was launched."""
-        bucket = plan.bucket
-        shape = (bucket.num_decode, bucket.num_prefill, bucket.num_chunks)
+    def planned(self, plan: Plan, now: float) -> None:
+        """A step of the paged engine was launched; its shape is that of all ranks together."""
+        bucket, ranks = plan.bucket, len(plan.parts)
+        shape = (bucket.num_decode * ranks, bucket.num_prefill * ranks, bucket.num_chunks * ranks)
         self.launched(shape, plan.num_decode_rows, plan.num_new_tokens, now)
-        if plan.preempted:
-            self.entered("waiting", plan.preempted, now)
-        if bucket.num_chunks:
-            chunks = plan.sequences[plan.num_decode_rows :]
-            self.entered("prefill", (sequence.request.id for _, sequence in chunks), now)
+        for part in plan.parts:
+            if part.preempted:
+                self.entered("waiting", part.preempted, now)
+            if bucket.num_chunks:
+                chunks = part.sequences[part.num_decode_rows :]
+                self.entered("prefill", (sequence.request.id for _, sequence in chunks), now)
 
-    def committed(self, plan: StepPlan, events: StepEvents, now: float) -> None:
+    def committed(self, plan: Plan, events: StepEvents, now: float) -> None:
         """It was read: prompts whose last chunk it held decode from now on."""
         self.read(now)
-        if plan.bucket.num_chunks:
-            flags = plan.arrays.flags
-            chunks = plan.sequences[plan.num_decode_rows :]
+        for part in plan.parts if plan.bucket.num_chunks else ():
+            flags = part.arrays.flags
+            chunks = part.sequences[part.num_decode_rows :]
             self.entered("decode", (s.request.id for row, s in chunks if flags[row] & EMIT and s.slot >= 0), now)
         self.told(events, now)
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxserve.engine.grammars import Grammars, Prepared
 from jaxserve.engine.history import History
-from jaxserve.scheduling.plan import StepPlan, StepResult
+from jaxserve.scheduling.plan import Plan, StepResult
+from jaxserve.scheduling.ranks import RankedScheduler
 from jaxserve.scheduling.readings import read_messages
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.types import (
@@ -46,7 +47,7 @@ class Pending(Protocol):
 class Runner(Protocol):
     """What the loop needs of ModelRunner."""
 
-    def launch(self, plan: StepPlan) -> Pending: ...
+    def launch(self, plan: Plan) -> Pending: ...
 
 
 def received(inbox: "queue.SimpleQueue[M]", *, wait: bool) -> Iterator[M]:
@@ -66,7 +67,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | RankedScheduler,
         runner: Runner,
         inbox: "queue.SimpleQueue[ToEngine | Prepared]",
         send: Callable[[FromEngine], None],
@@ -92,7 +93,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until Stop."""
-        flight: tuple[StepPlan, Pending] | None = None
+        flight: tuple[Plan, Pending] | None = None
         while self._receive(wait=flight is None and not self._scheduler.has_work):
             self.busy_since = self._clock()
             events: list[StepEvents] = []
@@ -158,10 +159,11 @@ class EngineLoop:
         else:
             self._scheduler.add(request, self._clock(), matcher)
 
-    def _commit(self, plan: StepPlan, handle: Pending) -> StepEvents:
+    def _commit(self, plan: Plan, handle: Pending) -> StepEvents:
         result = handle.result()
-        for message in read_messages(plan, result):
-            self._send(message)
+        for part, told in zip(plan.parts, result.parts, strict=True):
+            for message in read_messages(part, told):
+                self._send(message)
         events = self._scheduler.commit(plan, result, self._compilations())
         self._log.committed(plan)
         self._history.committed(plan, events, self._clock())
@@ -177,7 +179,11 @@ class StepLog:
     """The lines people grep for, in SGLang's shapes."""
 
     def __init__(
-        self, scheduler: Scheduler, interval: int, clock: Callable[[], float], compilations: Callable[[], int]
+        self,
+        scheduler: Scheduler | RankedScheduler,
+        interval: int,
+        clock: Callable[[], float],
+        compilations: Callable[[], int],
     ):
         self._scheduler = scheduler
         self._interval = interval
@@ -187,7 +193,7 @@ class StepLog:
         self._tokens = 0
         self._since = clock()
 
-    def planned(self, plan: StepPlan) -> None:
+    def planned(self, plan: Plan) -> None:
         if not plan.num_new_tokens or not logger.isEnabledFor(logging.INFO):
             return
         stats = self._scheduler.stats()
@@ -205,7 +211,7 @@ class StepLog:
             self._compilations(),
         )
 
-    def committed(self, plan: StepPlan) -> None:
+    def committed(self, plan: Plan) -> None:
         if not plan.num_decode_rows:
             return
         self._decode_steps += 1
@@ -217,7 +223,7 @@ class StepLog:
             "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
             "#queue-req: %d, #cache_miss: %d",
             stats.num_running,
-            int(plan.arrays.kv_lens[: plan.bucket.num_decode].sum()),
+            plan.num_context_tokens,
             stats.num_held_pages / stats.num_pages,
             self._tokens / max(now - self._since, 1e-9),
             stats.num_waiting,

@@ -85,13 +85,13 @@ def _start(
     from jaxserve.engine.grammars import Grammars, load_vocabulary
     from jaxserve.engine.loop import EngineLoop
     from jaxserve.engine.record import RecordingRunner
-    from jaxserve.scheduling.scheduler import Scheduler
+    from jaxserve.scheduling.ranks import make_scheduler
 
     started = time.monotonic()
     engine = build(config, lambda *stage: send(Progress(*stage)))
     for note in engine.sizes.notes:
         logger.warning("%s", note)
-    scheduler = Scheduler(engine.sizes.scheduler)
+    scheduler = make_scheduler(engine.sizes.scheduler, engine.sizes.dp)
     engine.counter.start_counting_this_thread()
     vocabulary = (config.tokenizer_path or config.model_path, engine.model.vocab_size, engine.model.eos_token_ids)
     grammars = Grammars(lambda: load_vocabulary(*vocabulary), inbox.put)
@@ -112,8 +112,8 @@ def _start(
         Ready(
             max_model_len=sizes.max_model_len,
             page_size=sizes.page_size,
-            num_pages=sizes.num_pages - 1,
-            max_running=sizes.max_running,
+            num_pages=(sizes.num_pages - 1) * engine.sizes.dp,
+            max_running=sizes.max_running * engine.sizes.dp,
             vocab_size=engine.model.vocab_size,
             platform=engine.platform,
             device_kind=engine.device_kind,
@@ -162,7 +162,7 @@ def _start_encoder(
             vocab_size=model.vocab_size,
             platform=engine.platform,
             device_kind=engine.device_kind,
-            num_devices=1,
+            num_devices=engine.num_devices,
             dtype=engine.dtype,
             num_programs=engine.runner.num_programs,
             cache_misses=engine.counter.cache_misses,

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 
+from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, Spread, specs_of
 from jaxserve.engine.step import StepShape
 from jaxserve.model.sharding import Params, merge
 from jaxserve.scheduling.plan import Readings, ReadResult
@@ -74,23 +74,26 @@ def pool(head: Sequence[jax.Array], hidden: jax.Array, spans: jax.Array, *, shap
     return jnp.einsum("rc,ce->re", member.astype(jnp.float32), normed, precision=lax.Precision.HIGHEST)
 
 
-def lower(params: Params, shape: StepShape, replicated: NamedSharding, num_spans: int) -> dict[str, Callable[[], Any]]:
+def lower(params: Params, shape: StepShape, spread: Spread, num_spans: int) -> dict[str, Callable[[], Any]]:
     """Abstract params -> name -> what lowers that program. num_spans: R."""
     embed_dim, dtype = shape.config.embed_dim, params.embed[0].dtype
-    tokens = (embed_dim, shape.chunk_size) if shape.layout.feature_major else (shape.chunk_size, embed_dim)
+    size, tokens = (shape.chunk_size, embed_dim), BY_RANK
+    if shape.layout.feature_major:
+        size, tokens = size[::-1], BY_RANK_COLUMNS
+    hidden, block = spread.abstract(size, dtype, tokens), spread.abstract((BLOCK,), jnp.int32)
+    scoring = (params.embed, params.head, hidden, block, block, spread.abstract((), jnp.bool_, EVERYWHERE))
+    pooling = (params.head, hidden, spread.abstract((num_spans, 2), jnp.int32))
+    head = specs_of(params.head)
 
-    def array(size: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=replicated)
-
-    hidden, block = array(tokens, dtype), array((BLOCK,), jnp.int32)
-    scoring = (params.embed, params.head, hidden, block, block, array((), jnp.bool_))
-    pooling = (params.head, hidden, array((num_spans, 2), jnp.int32))
-
-    def lowering(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:
-        program = jax.jit(functools.partial(function, shape=shape), out_shardings=replicated, keep_unused=True)
+    def lowering(function: Callable[..., Any], ins: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[[], Any]:
+        over = spread.over(functools.partial(function, shape=shape), ins, BY_RANK)
+        program = jax.jit(over, out_shardings=spread.sharding(BY_RANK), keep_unused=True)
         return lambda: program.lower(*arguments)
 
-    return {"score": lowering(score, scoring), "pool": lowering(pool, pooling)}
+    return {
+        "score": lowering(score, (specs_of(params.embed), head, tokens, BY_RANK, BY_RANK, EVERYWHERE), scoring),
+        "pool": lowering(pool, (head, tokens, BY_RANK), pooling),
+    }
 
 
 @dataclass(frozen=True)
@@ -100,37 +103,44 @@ class Reader:
     score: Any
     pool: Any
     params: Params
-    replicated: NamedSharding
+    spread: Spread
     num_spans: int  # R
 
-    def launch(self, readings: Readings, hidden: jax.Array) -> "Reading":
-        blocks = []
-        wants_top = np.bool_(readings.num_top > 0)
-        for start in range(0, len(readings.targets), BLOCK):
-            index, targets = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
+    def launch(self, readings: Sequence[Readings | None], hidden: jax.Array) -> "Reading":
+        """readings: of each rank."""
+        wanted = [each or _NOTHING for each in readings]
+        blocks, wants_top = [], np.asarray(any(each.num_top > 0 for each in wanted))
+        for start in range(0, max(len(each.targets) for each in wanted), BLOCK):
+            index, targets = np.zeros((2, len(wanted), BLOCK), np.int32)
             part = slice(start, start + BLOCK)
-            count = len(readings.targets[part])
-            index[:count], targets[:count] = readings.index[part], readings.targets[part]
-            arrays = jax.device_put((index, targets, wants_top), self.replicated)
-            blocks.append(self.score(self.params.embed, self.params.head, hidden, *arrays))
+            for rank, each in enumerate(wanted):
+                count = len(each.targets[part])
+                index[rank, :count], targets[rank, :count] = each.index[part], each.targets[part]
+            arrays = (self.spread.put(index.ravel()), self.spread.put(targets.ravel()))
+            wants = self.spread.put(wants_top, EVERYWHERE)
+            blocks.append(self.score(self.params.embed, self.params.head, hidden, *arrays, wants))
         sums = None
-        if readings.spans:
-            spans = np.zeros((self.num_spans, 2), np.int32)
-            spans[: len(readings.spans)] = readings.spans
-            sums = self.pool(self.params.head, hidden, jax.device_put(spans, self.replicated))
-        return Reading(readings, blocks, sums)
+        if any(each.spans for each in wanted):
+            spans = np.zeros((len(wanted), self.num_spans, 2), np.int32)
+            for rank, each in enumerate(wanted):
+                spans[rank, : len(each.spans)] = np.reshape(each.spans, (-1, 2))
+            sums = self.pool(self.params.head, hidden, self.spread.put(spans.reshape(-1, 2)))
+        return Reading(tuple(readings), blocks, sums)
 
     def warm_up(self, hidden: jax.Array) -> None:
         """Run both programs once."""
         one = np.zeros(1, np.int32)
-        self.launch(Readings(one, one, 1, ((0, 1),), ()), hidden).result()
+        self.launch([Readings(one, one, 1, ((0, 1),), ())] * self.spread.num_ranks, hidden).result()
+
+
+_NOTHING = Readings(np.zeros(0, np.int32), np.zeros(0, np.int32), 0, (), ())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Readings in flight."""
+    """Readings in flight, of each rank."""
 
-    readings: Readings
+    readings: tuple[Readings | None, ...]
     blocks: list[Scores]
     sums: jax.Array | None
 
@@ -138,17 +148,23 @@ class Reading:
         for array in jax.tree.leaves((self.blocks, self.sums)):
             array.copy_to_host_async()
 
-    def result(self) -> ReadResult:
-        count = len(self.readings.targets)
+    def result(self) -> tuple[ReadResult | None, ...]:
+        return tuple(None if each is None else self._result(each, rank) for rank, each in enumerate(self.readings))
+
+    def _result(self, readings: Readings, rank: int) -> ReadResult:
+        count, num_ranks = len(readings.targets), len(self.readings)
+
+        def own(array: Any) -> np.ndarray:
+            return np.split(np.asarray(array), num_ranks)[rank]
 
         def joined(name: str, empty: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.asarray(getattr(block, name)) for block in self.blocks] or [empty])[:count]
+            return np.concatenate([own(getattr(block, name)) for block in self.blocks] or [empty])[:count]
 
-        sums = np.zeros((0, 0), np.float32) if self.sums is None else np.asarray(self.sums)
+        sums = np.zeros((0, 0), np.float32) if self.sums is None else own(self.sums)
         return ReadResult(
             logprobs=joined("logprobs", np.zeros(0, np.float32)),
             ranks=joined("ranks", np.zeros(0, np.int32)),
             top_ids=joined("top_ids", np.zeros((0, 0), np.int32)),
             top_logprobs=joined("top_logprobs", np.zeros((0, 0), np.float32)),
-            sums=sums[: len(self.readings.spans)],
+            sums=sums[: len(readings.spans)],
         )

@@ -13,6 +13,7 @@ from jaxserve.scheduling.plan import (
     GRAMMAR,
     Admission,
     Bucket,
+    Plan,
     PlanArrays,
     StepPlan,
     StepResult,
@@ -32,7 +33,8 @@ class RecordingRunner:
         self._read: list[tuple[np.ndarray, float]] = []
         self._masks: list[tuple[int, int, np.ndarray]] = []  # step, row, words
 
-    def launch(self, plan: StepPlan) -> "RecordedHandle":
+    def launch(self, plan: Plan) -> "RecordedHandle":
+        (plan,) = plan.parts  # several ranks are not recorded
         # sequences are left out: they change, and hold every token of their request.
         self._launched.append((replace(plan, sequences=(), readings=None), self._clock()))
         rows, step = np.flatnonzero(plan.arrays.flags & GRAMMAR), len(self._launched) - 1

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.model.partition import Shares
 from jaxserve.scheduling.buckets import SchedulerConfig
 from kernels_pallas.attention import default_page_size
 from kernels_pallas.cache import bytes_per_token
@@ -19,11 +20,13 @@ _POOL_GRAIN = 64  # pages; P is a static shape, and a pool one page off would mi
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the engine is built with. notes: choices a person should know of, for the log."""
+    """What the engine is built with: dp ranks of tp devices. notes: choices a person should know of, for the log."""
 
     dtype: str
-    scheduler: SchedulerConfig
+    scheduler: SchedulerConfig  # of one rank
     notes: tuple[str, ...]
+    dp: int = 1
+    tp: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,41 @@ def choose_dtype(config: EngineConfig, platform: str) -> str:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """Bytes of all parameters, an untied head counted once more where the embedding is tied."""
-    attention = model.embed_dim * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    layer = attention + 3 * model.embed_dim * model.mlp_dim + 2 * model.embed_dim
-    return ITEMSIZE[dtype] * (model.num_layers * layer + 2 * model.vocab_size * model.embed_dim + model.embed_dim)
+def weight_bytes(model: ModelConfig, dtype: str, tp: int = 1) -> int:
+    """Bytes of the parameters on each of tp devices, an untied head counted once more where the embedding is tied."""
+    shares = Shares.of(model, tp)
+    attention = model.embed_dim * model.head_dim * (2 * shares.num_heads + 2 * shares.num_kv_heads)
+    layer = attention + 3 * model.embed_dim * shares.mlp_dim + 2 * model.embed_dim
+    return ITEMSIZE[dtype] * (model.num_layers * layer + 2 * shares.vocab_size * model.embed_dim + model.embed_dim)
+
+
+def choose_mesh(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> tuple[int, int]:
+    """-> dp, tp: the mesh that --dp-size and --tp-size ask for; where both are silent one device on CPU, elsewhere all.
+
+    All devices share out the heads while no kv head would be held twice or padded: that is the shortest step. Beyond
+    that ranks of their own use the rest, unless the weights need more devices. Raises ConfigError.
+    """
+    found = device.num_devices
+    if config.tp_size or config.dp_size or device.platform == "cpu":
+        dp = config.dp_size or 1
+        tp = config.tp_size or (max(found // dp, 1) if device.platform != "cpu" else 1)
+    else:
+        even = [tp for tp in range(1, found + 1) if found % tp == 0]
+        enough = [tp for tp in even if _weights_fit(model, config, device, tp)] or [found]
+        tp = max((tp for tp in enough if Shares.of(model, tp).divides), default=enough[0])
+        dp = found // tp
+    if dp * tp > found:
+        raise ConfigError(
+            f"--tp-size {tp} and --dp-size {dp} take {dp * tp} devices; {found} of platform {device.platform} are there"
+        )
+    return dp, tp
+
+
+def _weights_fit(model: ModelConfig, config: EngineConfig, device: DeviceFacts, tp: int) -> bool:
+    """Whether tp devices hold the weights and leave half as much again for the KV cache."""
+    if device.memory is None:
+        return True
+    return 1.5 * weight_bytes(model, choose_dtype(config, device.platform), tp) < device.memory * config.mem_fraction
 
 
 def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Sizes:
@@ -55,23 +88,28 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
     notes: list[str] = []
     dtype = choose_dtype(config, device.platform)
     page_size = config.page_size or default_page_size(device.platform)
-    max_running = config.max_running or (16 if device.platform == "cpu" else 256)
-    token_bytes = bytes_per_token(model.num_layers, model.num_kv_heads, model.head_dim, ITEMSIZE[dtype])
+    dp, tp = choose_mesh(model, config, device)
+    # Rows and tokens that a person asks for are those of all ranks together.
+    max_running = -(-(config.max_running or (16 if device.platform == "cpu" else 256) * dp) // dp)
+    kv_heads = Shares.of(model, tp).num_kv_heads
+    token_bytes = bytes_per_token(model.num_layers, kv_heads, model.head_dim, ITEMSIZE[dtype])
     wanted = config.max_model_len or model.max_position
     if config.max_model_len and config.max_model_len > model.max_position:
         raise ConfigError(
             f"--max-model-len {config.max_model_len} is more than the model's {model.max_position} positions"
         )
-    num_pages = _num_pages(model, config, device, dtype, page_size, token_bytes, wanted)
+    asked = None if config.max_total_tokens is None else -(-config.max_total_tokens // dp)
+    memory = None if device.memory is None else _room(model, config, device.memory, dtype, tp)
+    num_pages = _num_pages(asked, memory, page_size, token_bytes, wanted)
     capacity = (num_pages - 1) * page_size
     if wanted > capacity:
         if config.max_model_len:
             raise ConfigError(
-                f"--max-model-len {wanted} does not fit the KV cache of {capacity} tokens; "
+                f"--max-model-len {wanted} does not fit the KV cache of {capacity} tokens{_each(dp)}; "
                 "lower it, or raise --max-total-tokens or --mem-fraction-static"
             )
         notes.append(
-            f"context cut from {wanted} to {capacity} tokens, what the KV cache holds "
+            f"context cut from {wanted} to {capacity} tokens, what the KV cache holds{_each(dp)} "
             "(--max-total-tokens makes it larger, --max-model-len smaller)"
         )
         wanted = capacity
@@ -81,17 +119,23 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
         page_size=page_size,
         max_model_len=wanted,
         max_running=max_running,
-        decode_buckets=_decode_ladder(max_running, device.platform),
+        decode_buckets=_decode_ladder(max_running, device.platform, dtype),
         prefill_buckets=prefill,
         mixed=(device.platform != "cpu") if config.mixed_chunk is None else config.mixed_chunk,
         policy=config.schedule_policy,
         radix_cache=not config.disable_radix_cache,
-        max_batch_running=config.max_batch_running or max(1, max_running // BATCH_SHARE - 1),
+        max_batch_running=-(-config.max_batch_running // dp)
+        if config.max_batch_running
+        else max(1, max_running // BATCH_SHARE - 1),
         max_batch_prefill_tokens=_batch_prefill(config, prefill[-1][0], page_size),
         batch_linger=config.batch_linger,
         pooling=model.pooling,
     )
-    return Sizes(dtype, scheduler, tuple(notes))
+    return Sizes(dtype, scheduler, tuple(notes), dp, tp)
+
+
+def _each(dp: int) -> str:
+    return f" of each of {dp} ranks" if dp > 1 else ""
 
 
 def _batch_prefill(config: EngineConfig, chunk: int, page_size: int) -> int:
@@ -100,40 +144,41 @@ def _batch_prefill(config: EngineConfig, chunk: int, page_size: int) -> int:
     return max(page_size, -(-asked // page_size) * page_size)
 
 
-def _num_pages(
-    model: ModelConfig,
-    config: EngineConfig,
-    device: DeviceFacts,
-    dtype: str,
-    page_size: int,
-    token_bytes: int,
-    context: int,
-) -> int:
-    """Pages of the pool, scratch page 0 included."""
-    if config.max_total_tokens is not None:
-        return -(-config.max_total_tokens // page_size) + 1
-    page_bytes = page_size * token_bytes
-    if device.memory is None:
-        budget = min(max(CPU_POOL_BYTES, (context + 2 * page_size) * token_bytes), CPU_MAX_POOL_BYTES)
-    else:
-        # Temporaries: logits of every row in float32 a few times over, and activations of a chunk.
-        temporaries = 1 * GIB + 16 * model.vocab_size * 256
-        weights = weight_bytes(model, dtype) / device.num_devices
-        budget = int(device.memory * config.mem_fraction - weights - temporaries)
-        page_bytes = -(-page_bytes // device.num_devices)
-        if budget < page_bytes * 2:
-            raise ConfigError(
-                f"the weights need {weights / GIB:.1f} GiB and temporaries {temporaries / GIB:.1f} GiB of "
-                f"{device.memory / GIB:.1f} GiB at --mem-fraction-static {config.mem_fraction}: nothing is left for "
-                "the KV cache; use a smaller model or more devices"
-            )
-    pages = budget // page_bytes
+def _room(model: ModelConfig, config: EngineConfig, memory: int, dtype: str, tp: int) -> int:
+    """Bytes of a device that are left for the KV cache."""
+    # Temporaries: logits of every row in float32 a few times over, and activations of a chunk.
+    temporaries = 1 * GIB + 16 * model.vocab_size * 256
+    weights = weight_bytes(model, dtype, tp)
+    room = int(memory * config.mem_fraction - weights - temporaries)
+    if room <= 0:
+        raise ConfigError(
+            f"the weights need {weights / GIB:.1f} GiB and temporaries {temporaries / GIB:.1f} GiB of "
+            f"{memory / GIB:.1f} GiB at --mem-fraction-static {config.mem_fraction}: nothing is left for "
+            "the KV cache; use a smaller model or more devices (--tp-size)"
+        )
+    return room
+
+
+def _num_pages(max_tokens: int | None, room: int | None, page_size: int, token_bytes: int, context: int) -> int:
+    """Pages of a rank's pool, scratch page 0 included. max_tokens: as asked for; room: bytes, None on CPU; token_bytes:
+    on one device."""
+    if max_tokens is not None:
+        return -(-max_tokens // page_size) + 1
+    if room is None:
+        room = min(max(CPU_POOL_BYTES, (context + 2 * page_size) * token_bytes), CPU_MAX_POOL_BYTES)
+    pages = room // (page_size * token_bytes)
+    if pages < 2:
+        raise ConfigError(
+            f"{room / GIB:.1f} GiB are left for the KV cache, less than two pages of {page_size} tokens; use a smaller "
+            "model, more devices (--tp-size) or a smaller --page-size"
+        )
     return pages - pages % _POOL_GRAIN if pages > 4 * _POOL_GRAIN else pages
 
 
-def _decode_ladder(max_running: int, platform: str) -> tuple[int, ...]:
-    """Powers of two (of four above 16 on accelerators, where a wider step costs little) up to max_running."""
-    smallest = 2 if platform == "cpu" else 8  # a product with one row is slow in bfloat16 on the CPU
+def _decode_ladder(max_running: int, platform: str, dtype: str) -> tuple[int, ...]:
+    """Powers of two (of four above 16 on accelerators, where a wider step costs little) up to max_running. On the CPU a
+    product with one row is the quickest in float32, and slower than one with two in bfloat16."""
+    smallest = (1 if dtype == "float32" else 2) if platform == "cpu" else 8
     sizes = []
     size = smallest
     while size < max_running:

@@ -12,10 +12,9 @@ from checkpoints import bert
 from checkpoints.convert import OrbaxSource, convert, open_source
 from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
-from checkpoints.llama import tensor_shapes
-from checkpoints.load import DummySource, Target, load
+from checkpoints.load import DummySource, Part, Target, load
 from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig, pooling_of
-from jaxserve.model.sharding import Params
+from jaxserve.model.sharding import Parameter, Params
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
 _POOLING = "1_Pooling"  # sentence-transformers' folder beside the model
@@ -76,21 +75,26 @@ def load_params(
 ) -> Params:
     """Params of Parameter descriptions -> Params of arrays on their devices. Converts the default model once."""
     parameters = jax.tree.leaves(description)
-    source = _open(config, model, report)
-    names = {name: name for p in parameters for name in p.sources}
+    shapes = {name: shape for p in parameters for name, shape in p.tensors.items()}
+    source = _open(config, shapes, report)
+    names = {name: name for name in shapes}
     if isinstance(model, EncoderConfig):
         names = {name: bert.stored_name(name, source.tensors) for name in names}
-    targets = {
-        p.path: Target(tuple(names[name] for name in p.sources), p.shape, p.dtype, p.sharding, p.transpose)
-        for p in parameters
-    }
+    targets = {p.path: _target(p, names) for p in parameters}
     arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
     return jax.tree.map(lambda p: arrays[p.path], description)
 
 
-def _open(config: EngineConfig, model: ModelConfig | EncoderConfig, report: Report) -> TensorSource:
+def _target(p: Parameter, names: Mapping[str, str]) -> Target:
+    """names: Hugging Face's -> as stored."""
+    parts = tuple(Part(None if rows.tensor is None else names[rows.tensor], rows.start, rows.count) for rows in p.rows)
+    tensors = {names[name]: shape for name, shape in p.tensors.items()}
+    return Target(tensors, p.dtype, p.sharding, transpose=p.transpose, axis=p.axis, parts=parts)
+
+
+def _open(config: EngineConfig, shapes: Mapping[str, tuple[int, ...]], report: Report) -> TensorSource:
     if config.load_format == "dummy":
-        return DummySource(_dummy_shapes(model), config.random_seed)
+        return DummySource(shapes, config.random_seed)
     if config.orbax_path and config.gguf_path and config.load_format in ("auto", "orbax"):
         if not os.path.isdir(config.orbax_path):
             convert(
@@ -107,23 +111,6 @@ def _open(config: EngineConfig, model: ModelConfig | EncoderConfig, report: Repo
     if config.load_format == "orbax":
         return OrbaxSource(config.model_path)
     return open_source(config.model_path)
-
-
-def _dummy_shapes(model: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
-    if isinstance(model, EncoderConfig):
-        sizes = {"L": model.num_layers, "E": model.embed_dim, "F": model.mlp_dim, "V": model.vocab_size}
-        return bert.tensor_shapes(sizes | {"positions": model.max_position, "types": model.num_token_types})
-    dims = {
-        "L": model.num_layers,
-        "E": model.embed_dim,
-        "H": model.num_heads,
-        "K": model.num_kv_heads,
-        "D": model.head_dim,
-        "F": model.mlp_dim,
-        "V": model.vocab_size,
-    }
-    biases = {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
-    return tensor_shapes(dims, tie=model.tie_embeddings, **biases)
 
 
 def _read_optional(path: str) -> Any:

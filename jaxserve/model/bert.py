@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxserve.config import EncoderConfig
 from jaxserve.model.llama import Joint, Layout, Linear
-from jaxserve.model.sharding import Params, Table, describe_module, merge
+from jaxserve.model.sharding import Params, Table, Tensor, describe_module, merge, tensors
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -26,33 +26,29 @@ ACTIVATIONS = {
 _LAYER = "encoder.layer.{}."
 
 
-def _pair(module: str, tensor: str) -> Table:
-    """A module's kernel (or scale) and bias, from the tensor's weight and bias."""
+def _pair(module: str, tensor: str, axes: str) -> dict[str, tuple[Tensor, ...]]:
+    """A module's kernel (or scale) and bias, from the tensor's weight and bias. axes: of the weight."""
     leaf = "scale" if "norm" in module else "kernel"
-    names = {leaf: f"{tensor}.weight", "bias": f"{tensor}.bias"}
-    return {f"{module}.{part}": ((name,), PartitionSpec()) for part, name in names.items()}
+    weight, bias = tensors(tensor, ".weight", {"": axes}), tensors(tensor, ".bias", {"": axes.split()[0]})
+    return {f"{module}.{leaf}": weight, f"{module}.bias": bias}
 
 
+_QKV = ("query", "key", "value")
+_SELF = _LAYER + "attention.self."
 # As model.sharding.TABLE. Every device holds the whole encoder.
 TABLE: Table = {
     **{
-        f"embed.{part}": ((f"embeddings.{part}_embeddings.weight",), PartitionSpec())
+        f"embed.{part}": tensors("embeddings.", "_embeddings.weight", {part: f"{part} embed"})
         for part in ("word", "position", "token_type")
     },
-    **_pair("embed.norm", "embeddings.LayerNorm"),
-    "layers.{}.qkv.kernel": (
-        tuple(f"{_LAYER}attention.self.{part}.weight" for part in ("query", "key", "value")),
-        PartitionSpec(),
-    ),
-    "layers.{}.qkv.bias": (
-        tuple(f"{_LAYER}attention.self.{part}.bias" for part in ("query", "key", "value")),
-        PartitionSpec(),
-    ),
-    **_pair("layers.{}.o", _LAYER + "attention.output.dense"),
-    **_pair("layers.{}.attn_norm", _LAYER + "attention.output.LayerNorm"),
-    **_pair("layers.{}.up", _LAYER + "intermediate.dense"),
-    **_pair("layers.{}.down", _LAYER + "output.dense"),
-    **_pair("layers.{}.mlp_norm", _LAYER + "output.LayerNorm"),
+    **_pair("embed.norm", "embeddings.LayerNorm", "embed"),
+    "layers.{}.qkv.kernel": tensors(_SELF, ".weight", dict.fromkeys(_QKV, "embed embed")),
+    "layers.{}.qkv.bias": tensors(_SELF, ".bias", dict.fromkeys(_QKV, "embed")),
+    **_pair("layers.{}.o", _LAYER + "attention.output.dense", "embed embed"),
+    **_pair("layers.{}.attn_norm", _LAYER + "attention.output.LayerNorm", "embed"),
+    **_pair("layers.{}.up", _LAYER + "intermediate.dense", "mlp embed"),
+    **_pair("layers.{}.down", _LAYER + "output.dense", "embed mlp"),
+    **_pair("layers.{}.mlp_norm", _LAYER + "output.LayerNorm", "embed"),
 }
 
 
@@ -146,8 +142,15 @@ class Structure:
 def describe(config: EncoderConfig, dtype: jnp.dtype, mesh: Mesh, layout: Layout) -> tuple[Structure, Params]:
     """The structure, and Params (no head) whose leaves are Parameter descriptions. Takes no memory."""
     model = nnx.eval_shape(lambda: Bert(config, dtype, layout))
-    embed, embed_leaves = describe_module(model.embed, "embed", mesh, TABLE)
-    layers = [describe_module(layer, f"layers.{index}", mesh, TABLE) for index, layer in enumerate(model.layers)]
+    sizes = {
+        "embed": config.embed_dim,
+        "mlp": config.mlp_dim,
+        "word": config.vocab_size,
+        "position": config.max_position,
+        "token_type": config.num_token_types,
+    }
+    embed, embed_leaves = describe_module(model.embed, "embed", mesh, TABLE, sizes)
+    layers = [describe_module(layer, f"layers.{index}", mesh, TABLE, sizes) for index, layer in enumerate(model.layers)]
     return Structure(embed, layers[0][0]), Params(embed_leaves, [leaves for _, leaves in layers], [])
 
 

@@ -1,6 +1,8 @@
 """Llama in Flax: the modules say names, shapes and equations; the step (engine.step) calls them on flat leaves.
 
-L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab, T tokens. Sources: Touvron et al. 2023
+L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab, T tokens. H, K, F and V are one device's share
+(model.partition): the modules are written for one of tp devices, and add up over the mesh's axis "tp" where they must.
+Sources: Touvron et al. 2023
 (Llama 2), Grattafiori et al. 2024 (Llama 3; rope scaling as in its reference code), Su et al. 2021 (rotary positions).
 """
 
@@ -12,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxserve.config import ModelConfig, RopeScaling
+from jaxserve.model.partition import Shares
 
 # (q [T, H, D], k [T, K, D], v [T, K, D], cache, layer) -> (out [T, H, D], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -37,11 +41,23 @@ class Layout:
 
 
 class Linear(nnx.Module):
-    """x [T, in] -> [T, out], or [in, T] -> [out, T] where activations are feature-major."""
+    """x [T, in] -> [T, out], or [in, T] -> [out, T] where activations are feature-major.
+
+    adds_up: each device holds a part of the inputs, and the outputs are the sum over all of them.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, layout: Layout, out_in: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        layout: Layout,
+        out_in: bool = False,
+        adds_up: bool = False,
     ):
+        self.adds_up = adds_up
         self.feature_major = layout.feature_major
         self.out_in = layout.feature_major or (layout.out_in and out_in)
         self.kernel = nnx.Param(jnp.zeros((outputs, inputs) if self.out_in else (inputs, outputs), dtype))
@@ -51,10 +67,13 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         if self.feature_major:
-            out = jnp.einsum("oi,it->ot", kernel, x)
+            out = self._sum(jnp.einsum("oi,it->ot", kernel, x))
             return out if bias is None else out + bias[:, None]
-        out = jnp.einsum("ti,oi->to" if self.out_in else "ti,io->to", x, kernel)
+        out = self._sum(jnp.einsum("ti,oi->to" if self.out_in else "ti,io->to", x, kernel))
         return out if bias is None else out + bias
+
+    def _sum(self, out: jax.Array) -> jax.Array:
+        return lax.psum(out, "tp") if self.adds_up else out
 
 
 class Joint(nnx.Module):
@@ -89,13 +108,13 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
+        heads, kv_heads = shares.num_heads * config.head_dim, shares.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.feature_major = layout.feature_major
         options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype, "layout": layout}
         self.qkv = Joint(config.embed_dim, (heads, kv_heads, kv_heads), out_in=True, **options)
-        self.o = Linear(heads, config.embed_dim, **options)
+        self.o = Linear(heads, config.embed_dim, adds_up=shares.tp > 1, **options)
 
     def __call__(self, x: jax.Array, cache: Any, layer: Any, rope: tuple[jax.Array, jax.Array], attend: Attend) -> Any:
         q, k, v = (self._split(part) for part in self.qkv(x))
@@ -110,10 +129,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "layout": layout}
-        self.gate_up = Joint(config.embed_dim, (config.mlp_dim, config.mlp_dim), **options)
-        self.down = Linear(config.mlp_dim, config.embed_dim, **options)
+        self.gate_up = Joint(config.embed_dim, (shares.mlp_dim, shares.mlp_dim), **options)
+        self.down = Linear(shares.mlp_dim, config.embed_dim, adds_up=shares.tp > 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.gate_up(x)
@@ -121,11 +140,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
-        self.attn = Attention(config, dtype, layout)
+        self.attn = Attention(config, shares, dtype, layout)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
-        self.mlp = MLP(config, dtype, layout)
+        self.mlp = MLP(config, shares, dtype, layout)
 
     def __call__(self, x: jax.Array, cache: Any, layer: Any, rope: tuple[jax.Array, jax.Array], attend: Attend) -> Any:
         """x [T, E] or [E, T], cache -> the same."""
@@ -135,43 +154,58 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """token ids [T] -> [T, E] or [E, T]."""
+    """token ids [T] -> [T, E] or [E, T]; each device knows its part of the vocabulary."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
-        self.feature_major = layout.feature_major
-        self.kernel = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), dtype))
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
+        self.feature_major, self.shared_out = layout.feature_major, shares.tp > 1
+        self.kernel = nnx.Param(jnp.zeros((shares.vocab_size, config.embed_dim), dtype))
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        x = self.kernel[...][token_ids]
+        kernel = self.kernel[...]
+        if self.shared_out:
+            own = token_ids - lax.axis_index("tp") * kernel.shape[0]
+            known = (own >= 0) & (own < kernel.shape[0])
+            x = lax.psum(jnp.where(known[:, None], kernel[jnp.where(known, own, 0)], 0), "tp")
+        else:
+            x = kernel[token_ids]
         return x.T if self.feature_major else x
 
 
 class Head(nnx.Module):
-    """x [T, E] -> logits [T, V], or [E, T] -> [V, T]; float32. out is None where the embedding serves as the head."""
+    """x [T, E] -> logits [T, V], or [E, T] -> [V, T]; float32, of the whole vocabulary on every device. out is None
+    where the embedding serves as the head."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
-        self.feature_major = layout.feature_major
+        self.feature_major, self.shared_out = layout.feature_major, shares.tp > 1
+        self.vocab_size = config.vocab_size
         tied = config.tie_embeddings and layout.out_in
         options: dict[str, Any] = {"bias": False, "dtype": dtype, "layout": layout, "out_in": True}
-        self.out = None if tied else Linear(config.embed_dim, config.vocab_size, **options)
+        self.out = None if tied else Linear(config.embed_dim, shares.vocab_size, **options)
 
     def __call__(self, x: jax.Array, embed: Embed) -> jax.Array:
         x = self.norm(x)
         if self.out is not None:
-            return self.out(x).astype(jnp.float32)
-        equation = "ve,et->vt" if self.feature_major else "te,ve->tv"
-        operands = (embed.kernel[...], x) if self.feature_major else (x, embed.kernel[...])
-        return jnp.einsum(equation, *operands).astype(jnp.float32)
+            logits = self.out(x)
+        else:
+            equation = "ve,et->vt" if self.feature_major else "te,ve->tv"
+            operands = (embed.kernel[...], x) if self.feature_major else (x, embed.kernel[...])
+            logits = jnp.einsum(equation, *operands)
+        if self.shared_out:
+            axis = 0 if self.feature_major else 1
+            logits = lax.all_gather(logits, "tp", axis=axis, tiled=True)
+            logits = lax.slice_in_dim(logits, 0, self.vocab_size, axis=axis)
+        return logits.astype(jnp.float32)
 
 
 class Llama(nnx.Module):
-    """The whole decoder in a platform's layout. A tied head that is not [out, in] is a second array, [E, V]."""
+    """The whole decoder in a platform's layout, as one of the devices that share it out has it. A tied head that is not
+    [out, in] is a second array, [E, V]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout):
-        self.embed = Embed(config, dtype, layout)
-        self.layers = nnx.List([Block(config, dtype, layout) for _ in range(config.num_layers)])
-        self.head = Head(config, dtype, layout)
+    def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
+        self.embed = Embed(config, shares, dtype, layout)
+        self.layers = nnx.List([Block(config, shares, dtype, layout) for _ in range(config.num_layers)])
+        self.head = Head(config, shares, dtype, layout)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxserve.engine.build import Blueprint
+from jaxserve.model.partition import Shares
 from jaxserve.model.sharding import Parameter
 from jaxserve.planner.roofline import Work, attention_flops, causal_pairs
 
@@ -88,9 +89,9 @@ def footprint(blueprint: Blueprint) -> Footprint:
         layer_elements=sum(_elements(leaf) for leaf in jax.tree.leaves(params.layers) if len(leaf.shape) > 1),
         head_elements=sum(map(_elements, head)),
         token_bytes=kv // page_tokens,
-        num_heads=-(-config.num_heads // mesh["tp"]),
+        num_heads=Shares.of(config, mesh["tp"]).num_heads,
         tp=mesh["tp"],
-        dp=mesh.get("dp", 1),
+        dp=mesh["dp"],
     )
 
 

@@ -170,10 +170,7 @@ def draw_on(where: Slice, question: Question, *, to_compile: bool) -> tuple[Blue
     facts = DeviceFacts(where.chip.platform, where.num_devices, where.chip.memory, where.chip.capability)
     make_mesh = compile_mesh if to_compile else abstract_mesh
     blueprint = draw(question.model, question.config(), facts, lambda sizes: make_mesh(where, sizes))
-    try:
-        return blueprint, footprint(blueprint)
-    except ValueError as error:  # a shard of an array is asked for that does not divide
-        raise ConfigError(f"the model's heads do not divide by {where.num_devices} devices") from error
+    return blueprint, footprint(blueprint)
 
 
 def _compiled(blueprint: Blueprint, where: Slice) -> list[CompiledStep]:
@@ -288,6 +285,6 @@ def _smallest(question: Question, family: str) -> str | None:
             sizes = resolve(question.model, question.config(), facts)
         except ConfigError:
             continue
-        if _shortage(question, sizes.scheduler, min(_users(question, sizes.scheduler, 1))) is None:
+        if _shortage(question, sizes.scheduler, min(_users(question, sizes.scheduler, sizes.dp))) is None:
             return where.name
     return None

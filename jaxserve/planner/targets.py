@@ -38,18 +38,18 @@ def why_no_compiler(where: Slice) -> str | None:
 
 def abstract_mesh(where: Slice, sizes: Sizes) -> AbstractMesh:
     """Enough for shapes and shardings."""
-    return AbstractMesh((where.num_devices,), ("tp",), axis_types=(AxisType.Auto,))
+    return AbstractMesh((sizes.dp, sizes.tp), ("dp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def compile_mesh(where: Slice, sizes: Sizes) -> Mesh:
     """Enough to compile for, where why_no_compiler() has nothing to say."""
     if where.chip.platform == "cpu":
-        return make_mesh(jax.devices("cpu")[: where.num_devices])
+        return make_mesh(jax.devices("cpu")[: sizes.dp * sizes.tp], sizes.dp)
     if where.chip.platform == "gpu":
-        return make_mesh(gpu_devices(where.chip, where.num_devices))
+        return make_mesh(gpu_devices(where.chip, where.num_devices)[: sizes.dp * sizes.tp], sizes.dp)
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     found = topologies.get_topology_desc(platform="tpu", topology_name=where.name)
     devices = np.asarray(found.devices)
     assert devices.size == where.num_devices, f"{where.name} has {devices.size} devices, not {where.num_devices}"
-    return make_mesh(list(devices.flat))
+    return make_mesh(list(devices.flat)[: sizes.dp * sizes.tp], sizes.dp)

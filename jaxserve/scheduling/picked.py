@@ -31,6 +31,12 @@ class Picked:
                 self.batch_tokens_left = min(config.chunk_size, capped_tokens)
         self.chunks_left = config.max_chunks
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Decode rows, prefill tokens (each chunk rounded up to pages) and chunks, as choose_bucket takes them."""
+        aligned = sum(-(-count // self.page_size) * self.page_size for _, count in self.chunks)
+        return len(self.decode), aligned, len(self.chunks)
+
     def has_room(self, priority: int) -> bool:
         """For one more chunk."""
         if not self.chunks_left or not self.tokens_left:
@@ -52,9 +58,8 @@ class Picked:
 
     def keep_bucket(self) -> None:
         """From here on only what would be padding beside the chunks chosen so far: these do not wait for more."""
-        used = self._config.chunk_size - self.tokens_left
-        bucket = choose_bucket(self._config, len(self.decode), used, len(self.chunks))
-        self.tokens_left = bucket.num_prefill - used
+        bucket = choose_bucket(self._config, *self.size)
+        self.tokens_left = bucket.num_prefill - self.size[1]
         self.chunks_left = bucket.num_chunks - len(self.chunks)
 
     def drop_preempted(self) -> None:
@@ -65,15 +70,4 @@ class Picked:
 
     def admissions(self) -> tuple[Admission, ...]:
         """What the device is told of those that were admitted and have state of their own in their slot."""
-        return tuple(_admission(sequence) for sequence in self.admitted if sequence.request.params.needs_slot_state)
-
-
-def _admission(sequence: Sequence) -> Admission:
-    params = sequence.request.params
-    return Admission(
-        slot=sequence.slot,
-        token_ids=tuple(sequence.tokens),
-        num_prompt=sequence.num_prompt,
-        logit_bias=params.logit_bias,
-        stop_token_ids=params.stop_token_ids,
-    )
+        return tuple(s.admission() for s in self.admitted if s.request.params.needs_slot_state)

@@ -2,6 +2,7 @@
 shape."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -145,6 +146,55 @@ class StepPlan:
         """True when the step samples only after it was given masks (Scheduler.constrain)."""
         return bool((self.arrays.flags & GRAMMAR).any())
 
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens that the decode rows see."""
+        return int(self.arrays.kv_lens[: self.bucket.num_decode].sum())
+
+    @property
+    def parts(self) -> "tuple[StepPlan, ...]":
+        """Of each rank: one."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """One step of several ranks (data parallel), which share a bucket and nothing else; see StepPlan."""
+
+    parts: tuple[StepPlan, ...]
+    packed: np.ndarray  # [ranks * packed_size] int32
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.parts[0].bucket
+
+    @property
+    def is_constrained(self) -> bool:
+        return any(part.is_constrained for part in self.parts)
+
+    @property
+    def num_decode_rows(self) -> int:
+        return sum(part.num_decode_rows for part in self.parts)
+
+    @property
+    def num_new_sequences(self) -> int:
+        return sum(part.num_new_sequences for part in self.parts)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(part.num_new_tokens for part in self.parts)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(part.num_cached_tokens for part in self.parts)
+
+    @property
+    def num_context_tokens(self) -> int:
+        return sum(part.num_context_tokens for part in self.parts)
+
+
+Plan = StepPlan | JointPlan
+
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
@@ -167,3 +217,22 @@ class StepResult:
     top_ids: np.ndarray  # [S + R, N, 20]
     top_logprobs: np.ndarray  # [S + R, N, 20]
     read: ReadResult | None = None  # where the plan has readings
+    ranks: "tuple[StepResult, ...]" = ()  # of a JointPlan: what each answers; the arrays above are theirs, joined
+
+    @classmethod
+    def of_ranks(cls, arrays: Sequence[np.ndarray], read: Sequence[ReadResult | None]) -> "StepResult":
+        """arrays: the first five, of all ranks one after another."""
+
+        def result(own: Sequence[np.ndarray], told: ReadResult | None, ranks: "tuple[StepResult, ...]") -> StepResult:
+            token_ids, num_tokens, logprobs, top_ids, top_logprobs = own
+            return cls(token_ids, num_tokens, logprobs, top_ids, top_logprobs, told, ranks)
+
+        if len(read) == 1:
+            return result(arrays, read[0], ())
+        split = zip(*(np.split(array, len(read)) for array in arrays), strict=True)
+        return result(arrays, None, tuple(result(own, told, ()) for own, told in zip(split, read, strict=True)))
+
+    @property
+    def parts(self) -> "tuple[StepResult, ...]":
+        """Of each rank."""
+        return self.ranks or (self,)

@@ -65,6 +65,10 @@ class RadixTree:
             node = child
         return node
 
+    def depth_of(self, token_ids: Sequence[int], namespace: int) -> int:
+        """Pages of a prompt that a match may cover and that are here now."""
+        return self.find(array("i", token_ids), namespace, (len(token_ids) - 1) // self._page_size).depth
+
     def pages(self, node: Node) -> list[int]:
         """Pages from the root to node."""
         pages: list[int] = []

@@ -4,11 +4,13 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 
-from jaxserve.scheduling.buckets import SchedulerConfig, choose_bucket
+from jaxserve.scheduling.buckets import SchedulerConfig
+from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.plan import (
     GRAMMAR,
     SUPPRESS_STOP,
     TAKE_LAST,
+    Bucket,
     PlanArrays,
     StepPlan,
     packed_size,
@@ -47,16 +49,10 @@ class RowTable:
         """sequence is about to lose its slot."""
         self._pages[sequence.slot, : len(sequence.pages)] = 0
 
-    def page_row(self, slot: int) -> np.ndarray:
-        """[M] the row as the next plan will show it, for check_invariants."""
-        return self._pages[slot]
-
-    def write(self, decode: Rows[Sequence], chunks: Rows[Chunk]) -> StepPlan:
-        """One token for each of decode and the given number for each chunk; moves num_computed and num_in_flight."""
+    def write(self, decode: Rows[Sequence], chunks: Rows[Chunk], bucket: Bucket) -> StepPlan:
+        """One token for each of decode and the given number for each chunk, which the bucket has room for; moves
+        num_computed and num_in_flight."""
         config = self._config
-        page_size = config.page_size
-        aligned = sum(-(-count // page_size) * page_size for _, count in chunks)
-        bucket = choose_bucket(config, len(decode), aligned, len(chunks))
         packed = np.zeros(packed_size(bucket, config.max_pages), np.int32)
         arrays = unpack(packed, bucket, config.max_pages)
         slots = np.full(bucket.num_rows, config.max_running, np.int64)
@@ -132,3 +128,15 @@ class RowTable:
                 sequence.num_in_flight += 1
         arrays.chunk_starts[:] = end
         arrays.chunk_starts[: len(starts)] = starts
+
+    def check_invariants(self, running: Rows[Sequence], free_slots: Rows[int], pool: PagePool) -> None:
+        """AssertionError unless the page table shows what the sequences hold, and no page stands in two places."""
+        places: dict[int, int] = {}
+        for sequence in running:
+            shown = -(-sequence.num_computed // self._config.page_size)
+            row = self._pages[sequence.slot].tolist()
+            assert row[:shown] == sequence.pages[:shown] and not any(row[len(sequence.pages) :])
+            for place, page in enumerate(sequence.pages):
+                shared = places.setdefault(page, place) == place and (pool.is_in_tree(page))
+                assert shared or [p for s in running for p in s.pages].count(page) == 1, f"page {page} in two tables"
+        assert not self._pages[[*free_slots, self._config.max_running]].any()

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxserve.scheduling.buckets import SchedulerConfig, buckets
+from jaxserve.scheduling.buckets import SchedulerConfig, buckets, choose_bucket
 from jaxserve.scheduling.events import EventColumns, token_logprobs
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.picked import Frontier, Picked
-from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, StepPlan, StepResult
+from jaxserve.scheduling.plan import EMIT, GRAMMAR, SUPPRESS_STOP, Bucket, Plan, StepPlan, StepResult
 from jaxserve.scheduling.radix import RadixTree
 from jaxserve.scheduling.readings import plan_readings
 from jaxserve.scheduling.rows import RowTable
 from jaxserve.scheduling.sequence import Sequence, order
 from jaxserve.scheduling.snapshot import page_states, request_views
-from jaxserve.scheduling.turns import Turns
+from jaxserve.scheduling.turns import Turn, Turns
 from jaxserve.scheduling.waiting import WaitingQueue, longest_match_order
 from jaxserve.types import EngineStats, FinishReason, Request, RequestView, StepEvents
 
@@ -79,10 +79,10 @@ class Scheduler:
                 f"{config.max_model_len - 1} (--max-model-len)"
             )
         tokens = max(sequence.num_prompt, sequence.max_length - 1)  # the last token sampled is never computed
-        if -(-tokens // self.config.page_size) > self._pool.num_pages:
+        most = self._pool.num_pages * config.page_size
+        if tokens > most:
             raise ValueError(
-                f"prompt and max_tokens take {tokens} tokens of KV cache; it holds "
-                f"{self._pool.num_pages * self.config.page_size} (--max-total-tokens)"
+                f"prompt and max_tokens take {tokens} tokens of KV cache; it holds {most} (--max-total-tokens)"
             )
         assert (matcher is None) == (request.grammar is None), "a constrained request needs its matcher"
         sequence.matcher = matcher
@@ -113,35 +113,51 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._known)
 
+    @property
+    def num_open(self) -> int:
+        return len(self._known)
+
+    def knows(self, request_id: int) -> bool:
+        return request_id in self._known
+
+    def num_cached_pages_of(self, request: Request) -> int:
+        """Pages of a request's prompt that are in the prefix tree now."""
+        return 0 if self._tree is None else self._tree.depth_of(request.token_ids, request.namespace)
+
     # Choosing the rows of a step
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can be computed before another commit or add."""
-        if self._num_interactive:
-            self._interactive_at = now
-        lingers = now - self._interactive_at < self.config.batch_linger
-        picked = Picked(self.config, self._frontier(), self._num_interactive > 0 or lingers)
-        if self.config.mixed:
-            self._pick_decode(picked)
-            self._pick_chunks(picked, now)
-        else:
-            turns = (self._pick_decode_only, self._pick_chunks)
-            for pick in reversed(turns) if self._prefill_first() else turns:
-                pick(picked, now)
-                if picked.decode or picked.chunks:
-                    break
-        if not picked.decode and not picked.chunks:
-            return None
-        self._turns.took(picked)
-        return self._plan(picked)
+        picked = self.begin(self.is_capped(now))
+        for turn in self._turns.order(self.config.mixed, self.interactive):
+            if self.pick(picked, turn, now):
+                self._turns.took(sequence for sequence, _ in picked.chunks)
+                return self.plan(picked, choose_bucket(self.config, *picked.size))
+        return None
 
-    def _prefill_first(self) -> bool:
+    @property
+    def interactive(self) -> tuple[bool, bool]:
+        """Whether somebody interactive waits for a prefill, and for the next token."""
         prompts = [*self._waiting.priorities()[:1], *(sequence.order[0] for sequence in self._prefilling[:1])]
         rows = [sequence.order[0] for sequence in self._decoding[:1]]
-        return self._turns.prefill_first(prompt_waits=min(prompts, default=1) <= 0, row_waits=min(rows, default=1) <= 0)
+        return min(prompts, default=1) <= 0, min(rows, default=1) <= 0
 
-    def _pick_decode_only(self, picked: Picked, now: float) -> None:
-        self._pick_decode(picked)
+    def is_capped(self, now: float) -> bool:
+        """Whether batch work keeps to its limits in a step at that time."""
+        if self._num_interactive:
+            self._interactive_at = now
+        return self._num_interactive > 0 or now - self._interactive_at < self.config.batch_linger
+
+    def begin(self, capped: bool) -> Picked:
+        return Picked(self.config, self._frontier(), capped)
+
+    def pick(self, picked: Picked, turn: Turn, now: float) -> bool:
+        """Choose rows of the given kinds; False when there are none."""
+        if turn != "prefill":
+            self._pick_decode(picked)
+        if turn != "decode":
+            self._pick_chunks(picked, now)
+        return bool(picked.decode or picked.chunks)
 
     def _pick_decode(self, picked: Picked) -> None:
         """One token for each sequence that has one to compute, oldest first, so that no victim was chosen before."""
@@ -194,7 +210,7 @@ class Scheduler:
         return True
 
     def _can_admit(self, priority: int) -> bool:
-        """False where no request of this priority could get in: spares a full server looking at the whole queue."""
+        """False where none of this priority could get in: spares a full server looking at the whole queue."""
         victim = self._youngest()
         if victim is None or victim.order[0] > priority:
             return True
@@ -233,9 +249,8 @@ class Scheduler:
     def _frontier(self) -> Frontier:
         """The page that each running prefill computes next, as its place in the tree."""
         frontier: Frontier = {}
-        if self._tree is not None:
-            for sequence in self._prefilling:
-                self._add_to_frontier(frontier, sequence)
+        for sequence in self._prefilling:
+            self._add_to_frontier(frontier, sequence)
         return frontier
 
     def _add_to_frontier(self, frontier: Frontier, sequence: Sequence) -> None:
@@ -345,10 +360,10 @@ class Scheduler:
             start, namespace = sequence.node or self._tree.root, sequence.request.namespace
             sequence.node = self._tree.insert(start, sequence.tokens, namespace, sequence.pages, depth, passing)
 
-    def _plan(self, picked: Picked) -> StepPlan:
+    def plan(self, picked: Picked, bucket: Bucket) -> StepPlan:
         """Write the step, then let its prompt pages into the tree: later plans run after it."""
         num_cached = sum(sequence.num_computed for sequence in picked.admitted)
-        plan = self._rows.write(picked.decode, picked.chunks)
+        plan = self._rows.write(picked.decode, picked.chunks, bucket)
         for sequence, _ in picked.chunks:
             self._enter_tree(sequence, sequence.num_computed // self.config.page_size, passing=False)
             if not sequence.is_prefilling:
@@ -368,10 +383,11 @@ class Scheduler:
 
     # What comes back
 
-    def commit(self, plan: StepPlan, result: StepResult, compilations: int = 0) -> StepEvents:
+    def commit(self, plan: Plan, result: StepResult, compilations: int = 0) -> StepEvents:
         """Read the tokens of a step, in the order of schedule; rows of ended sequences are dropped."""
-        columns = EventColumns()
+        (plan,) = plan.parts
         flags, counts, tokens = plan.arrays.flags.tolist(), result.num_tokens.tolist(), result.token_ids.tolist()
+        columns = EventColumns()
         for row, sequence in plan.sequences:
             if not flags[row] & EMIT:
                 self._commit_end(sequence, int(plan.arrays.kv_lens[row]), columns)
@@ -387,9 +403,10 @@ class Scheduler:
                     self._end_with(sequence, sequence.matcher.ending, columns)
         return columns.events(self.stats(compilations))
 
-    def constrain(self, plan: StepPlan, compilations: int = 0) -> tuple[np.ndarray, StepEvents]:
+    def constrain(self, plan: Plan, compilations: int = 0) -> tuple[np.ndarray, StepEvents]:
         """A constrained plan, every earlier one being committed -> masks [S + R, words] for its handle, and the ends of
         the rows that nothing can follow."""
+        (plan,) = plan.parts
         columns = EventColumns()
         flags = plan.arrays.flags.tolist()
         rows = [(row, s, s.matcher) for row, s in plan.sequences if flags[row] & GRAMMAR and s.matcher is not None]
@@ -417,16 +434,7 @@ class Scheduler:
             columns.add(sequence, None, "stop" if sequence.request.task == "embed" else "length", None)
 
     def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
-        reason: FinishReason | None = None
-        if token in sequence.stop_token_ids and len(sequence.tokens) >= sequence.min_length:
-            reason = "stop"
-        sequence.tokens.append(token)
-        if reason is None and sequence.matcher is not None:
-            sequence.matcher.accept(token)
-            if sequence.matcher.is_over:
-                return None  # and it ends without a further token, even where this was the last one allowed
-        if reason is None and len(sequence.tokens) >= sequence.max_length:
-            reason = "length"
+        reason = sequence.append(token)
         self._generation_tokens += 1
         if reason is not None:
             self._end(sequence)
@@ -468,9 +476,8 @@ class Scheduler:
 
     def snapshot(self) -> tuple[tuple[RequestView, ...], bytes]:
         """-> requests and the state of each page, for people who watch (scheduling.snapshot)."""
-        running = self._decoding + self._prefilling
         views = request_views(self._decoding, self._prefilling, self._waiting)
-        return views, page_states(self._pool, running)
+        return views, page_states(self._pool, self._decoding + self._prefilling)
 
     def check_invariants(self) -> None:
         """For tests, after any verb: AssertionError unless pages, slots, queues and the tree account for everything."""
@@ -486,15 +493,7 @@ class Scheduler:
         assert all(not s.pages and s.slot == -1 and not s.done for s in waiting)
         slots = [s.slot for s in running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_running)), "a slot is lost or doubled"
-        places: dict[int, int] = {}
-        for sequence in running:
-            shown = -(-sequence.num_computed // self.config.page_size)
-            row = self._rows.page_row(sequence.slot).tolist()
-            assert row[:shown] == sequence.pages[:shown] and not any(row[len(sequence.pages) :])
-            for place, page in enumerate(sequence.pages):
-                shared = places.setdefault(page, place) == place and (self._pool.is_in_tree(page))
-                assert shared or [p for s in running for p in s.pages].count(page) == 1, f"page {page} in two tables"
-        assert all(not self._rows.page_row(slot).any() for slot in [*self._free_slots, self.config.max_running])
+        self._rows.check_invariants(running, self._free_slots, self._pool)
         self._pool.check_invariants([page for s in running for page in s.pages])
         if self._tree is not None:
             self._tree.check_invariants()

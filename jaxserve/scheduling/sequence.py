@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxserve.scheduling import plan
 from jaxserve.scheduling.radix import Node
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:  # llguidance takes 0.2 s to import
     from jaxserve.scheduling.grammar import Matcher
@@ -72,6 +72,30 @@ class Sequence:
             min_length=num_prompt + params.min_tokens if params.min_tokens and params.stop_token_ids else 0,
             answers=max_tokens > 0,
             reads=reads,
+        )
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take in a token that was read back -> why it is the last one, where it is. None as well where its grammar is
+        over: such a sequence ends without a further token, even where this was the last one allowed."""
+        stops = token in self.stop_token_ids and len(self.tokens) >= self.min_length
+        self.tokens.append(token)
+        if stops:
+            return "stop"
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.is_over:
+                return None
+        return "length" if len(self.tokens) >= self.max_length else None
+
+    def admission(self) -> plan.Admission:
+        """What the device must know of it in its slot, before its next step."""
+        params = self.request.params
+        return plan.Admission(
+            slot=self.slot,
+            token_ids=tuple(self.tokens),
+            num_prompt=self.num_prompt,
+            logit_bias=params.logit_bias,
+            stop_token_ids=params.stop_token_ids,
         )
 
     @property

@@ -16,13 +16,13 @@ from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.sequence import Sequence
 from jaxserve.types import RequestState, RequestView
 
+Views = tuple[RequestView, ...]
+
 FREE, CACHED, SHARED, FIRST_SLOT = 0, 1, 2, 3
 MAX_WAITING = 100  # requests of a long queue that are told apart; stats count all of them
 
 
-def request_views(
-    decoding: Rows[Sequence], prefilling: Rows[Sequence], waiting: Iterable[Sequence]
-) -> tuple[RequestView, ...]:
+def request_views(decoding: Rows[Sequence], prefilling: Rows[Sequence], waiting: Iterable[Sequence]) -> Views:
     """Those that run, then the first MAX_WAITING that wait in the order of the queue."""
     return (
         *(_view(sequence, "decode") for sequence in decoding),
@@ -44,6 +44,18 @@ def _view(sequence: Sequence, state: RequestState) -> RequestView:
         max_output_tokens=sequence.max_length - sequence.num_prompt,
         num_pages=len(sequence.pages),
     )
+
+
+def joined(ranks: Iterable[tuple[Views, bytes]], max_running: int) -> tuple[Views, bytes]:
+    """What ranks of max_running slots each show -> the same as one scheduler's: slots and pages of the second rank come
+    behind those of the first."""
+    views: list[RequestView] = []
+    states: list[np.ndarray] = []
+    for rank, (own, pages) in enumerate(ranks):
+        views += [view if view.slot < 0 else view._replace(slot=view.slot + rank * max_running) for view in own]
+        numbers = np.frombuffer(pages, "<u2")
+        states.append(np.where(numbers >= FIRST_SLOT, numbers + rank * max_running, numbers).astype("<u2"))
+    return tuple(views), np.concatenate(states).tobytes()
 
 
 def page_states(pool: PagePool, running: Iterable[Sequence]) -> bytes:

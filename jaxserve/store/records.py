@@ -44,5 +44,20 @@ def errors_to_text(errors: Sequence[BatchError]) -> str:
     return json.dumps([asdict(error) for error in errors])
 
 
-def metadata_to_text(metadata: Mapping[str, str] | None) -> str | None:
-    return None if metadata is None else json.dumps(dict(metadata))
+def new_batch(
+    batch_id: str,
+    now: int,
+    expires_after: int,
+    metadata: Mapping[str, str] | None,
+    errors: Sequence[BatchError],
+) -> dict[str, Any]:
+    """The columns of a batch at its birth that are not simply what its creator said."""
+    return {
+        "id": batch_id,
+        "status": "failed" if errors else "validating",
+        "created_at": now,
+        "expires_at": now + expires_after,
+        "failed_at": now if errors else None,
+        "errors": errors_to_text(errors),
+        "metadata": None if metadata is None else json.dumps(dict(metadata)),
+    }

@@ -36,10 +36,7 @@ from jaxserve.store.database import Connect, Database, connect, storable
 from jaxserve.store.disk import Disk
 from jaxserve.store.errors import translating
 from jaxserve.store.folder import Folder, new_id
-from jaxserve.store.records import (
-    errors_to_text,
-    metadata_to_text,
-)
+from jaxserve.store.records import errors_to_text, new_batch
 from jaxserve.store.responses import Responses
 from jaxserve.store.uploads import FileUpload
 
@@ -131,9 +128,7 @@ class SQLiteStore:
         for path in self.folder.strays(self.folder.batches, active):
             self.disk.remove_folder(path)
         with self._db.transaction():
-            self._db.run(
-                f"DELETE FROM batch_rows WHERE batch NOT IN (SELECT seq FROM batches WHERE {queries.ACTIVE_SQL})"
-            )
+            self._db.run(queries.DELETE_DONE_ROWS)
         self.folder.fill_reserve()
 
     def _tidy(self) -> None:
@@ -242,17 +237,11 @@ class SQLiteStore:
         with self._guard():
             now, batch_id = self._now(), new_id("batch_")
             columns: dict[str, Any] = {
-                "id": batch_id,
                 "endpoint": endpoint,
                 "input_file_id": input_file_id,
                 "completion_window": completion_window,
-                "status": "failed" if errors else "validating",
-                "created_at": now,
-                "expires_at": now + expires_after,
-                "failed_at": now if errors else None,
-                "errors": errors_to_text(errors),
-                "metadata": metadata_to_text(metadata),
                 "output_expires_after": output_expires_after,
+                **new_batch(batch_id, now, expires_after, metadata, errors),
             }
             try:
                 if not errors:

@@ -3,8 +3,6 @@ compilers, their topologies are the targets."""
 
 import importlib.util
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from jaxserve.engine.compile import Target, _Builder, precision
 from jaxserve.engine.gpu_targets import gpu_devices
 from jaxserve.engine.sizing import DeviceFacts
 from jaxserve.model.sharding import Parameter, make_mesh
+from jaxserve.planner.compiled import collectives, makers_of
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
 
@@ -28,7 +27,18 @@ LLAMA_1B = ModelConfig(16, 2048, 32, 8, 64, 8192, 128256, 131072, rope_theta=5e5
 LLAMA_8B = ModelConfig(32, 4096, 32, 8, 128, 14336, 128256, 131072, rope_theta=5e5)
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.2-1B": LLAMA_1B, "Llama-3.1-8B": LLAMA_8B}
 MIB = 2**20
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+__all__ = [
+    "LLAMA_8B",
+    "MIB",
+    "MODELS",
+    "SMOLLM2",
+    "Compiled",
+    "collectives",
+    "compile_steps",
+    "has_libtpu",
+    "makers_of",
+    "target_of",
+]
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 
@@ -94,20 +104,3 @@ def target_of(
     target = blueprint.runner.target(jax.tree.map(Parameter.abstract, blueprint.parameters), None)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it what they are compiled for
         yield target, {(b.num_decode, b.num_prefill): b for b in buckets(blueprint.sizes.scheduler)}
-
-
-def instructions(text: str) -> list[tuple[str, str, str]]:
-    """HLO -> (name, result type, opcode) of every instruction."""
-    return re.findall(r"^\s*(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(", text, re.MULTILINE)
-
-
-def collectives(text: str) -> Counter[str]:
-    """How many of each kind; an asynchronous pair counts once."""
-    kinds = (opcode.removesuffix("-start") for _, _, opcode in instructions(text))
-    return Counter(kind for kind in kinds if kind in COLLECTIVES)
-
-
-def makers_of(shape: tuple[int, ...], text: str) -> Counter[str]:
-    """Opcodes of the instructions whose result is, or holds, an array of this shape."""
-    written = f"bf16[{','.join(map(str, shape))}]"
-    return Counter(opcode for _, result, opcode in instructions(text) if written in result)

@@ -34,7 +34,7 @@ def check(step: Compiled, bound: int = 16 * MIB) -> None:
     """Temporaries within bound, besides gate and up of the prefill tokens; the cache written in place by one call of a
     kernel per layer and kind of row, and by nothing else."""
     config, bucket = step.target.shape.config, step.bucket
-    bound += 2 * 2 * 2 * bucket.num_prefill * config.mlp_dim // step.target.replicated.mesh.size
+    bound += 2 * 2 * 2 * bucket.num_prefill * config.mlp_dim // step.target.spread.mesh.size
     assert step.memory.temp_size_in_bytes < bound, f"{step.memory.temp_size_in_bytes / MIB:.1f} MiB of temporaries"
     assert step.memory.alias_size_in_bytes >= step.cache_bytes
     made = makers_of(step.cache_shape, step.text)

@@ -36,7 +36,7 @@ from jaxserve.store import (
 )
 from jaxserve.store.folder import new_id
 from jaxserve.store.postgres.database import PostgresDatabase, Session
-from jaxserve.store.records import errors_to_text, metadata_to_text
+from jaxserve.store.records import errors_to_text, new_batch
 from jaxserve.store.responses import Responses
 
 PIECE_BYTES = 1 << 20
@@ -160,18 +160,12 @@ class PostgresStore:
     ) -> Batch:
         now, batch_id = self._now(), new_id("batch_")
         columns = {
-            "id": batch_id,
             "endpoint": endpoint,
             "input_file_id": input_file_id,
             "completion_window": completion_window,
-            "status": "failed" if errors else "validating",
-            "created_at": now,
-            "expires_at": now + expires_after,
-            "failed_at": now if errors else None,
-            "errors": errors_to_text(errors),
-            "metadata": metadata_to_text(metadata),
             "output_expires_after": output_expires_after,
             "worker": self.worker,
+            **new_batch(batch_id, now, expires_after, metadata, errors),
         }
         with self._db.session() as db:
             if not errors:
@@ -260,13 +254,15 @@ class PostgresStore:
             return queries.pending_rows(db, queries.seq_of(db, batch_id), after, limit)
 
     def claim_rows(self, batch_id: str, *, limit: int) -> tuple[Row, ...]:
-        sql = f"""UPDATE batch_rows SET worker = ? WHERE batch = ? AND position IN (
+        # The choice is made once, before the update; a plain subquery may be run again for each row.
+        sql = f"""WITH free AS MATERIALIZED (
             SELECT position FROM batch_rows WHERE batch = ? AND outcome IS NULL AND {FREE}
             ORDER BY position LIMIT ? FOR UPDATE SKIP LOCKED
-        ) RETURNING position, line, "offset", num_bytes"""
+        ) UPDATE batch_rows SET worker = ? WHERE batch = ? AND position IN (SELECT position FROM free)
+        RETURNING position, line, "offset", num_bytes"""
         with self._db.session() as db:
             seq = queries.seq_of(db, batch_id)
-            rows = db.all(sql, self.worker, seq, seq, limit)
+            rows = db.all(sql, seq, limit, self.worker, seq)
         return tuple(Row(position, RowSpan(*span)) for position, *span in sorted(rows))
 
     def release_rows(self, batch_id: str) -> None:

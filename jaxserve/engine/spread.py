@@ -1,0 +1,119 @@
+"""Functions written for one device, run on all devices of a mesh: jax.shard_map, and how each kind of array lies there.
+
+Axis "dp": ranks that each serve rows of their own, with their own pages, slots and packed plan; nothing is exchanged
+between them. Axis "tp": the devices of a rank, which hold their shares of the weights and of the cache
+(model.partition), and the same of everything else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+EVERYWHERE = P()  # the same on every device
+BY_RANK = P("dp")  # each rank's array, one after another along axis 0
+BY_RANK_COLUMNS = P(None, "dp")  # the same along axis 1
+PAGES = P(None, "dp", "tp")  # [L, P, R, ...] of the KV cache: pages by rank, heads by device
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A tree of arrays of any shape, which get a leading axis for the ranks while they are between two programs."""
+
+
+STACKED = Stacked()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where arrays of each kind lie on a mesh, and how a device's function becomes one of all devices."""
+
+    mesh: Mesh | AbstractMesh  # abstract: for shapes only
+
+    @property
+    def num_ranks(self) -> int:
+        return self.mesh.shape["dp"]
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """In the order of the mesh, ranks first."""
+        assert isinstance(self.mesh, Mesh), "an abstract mesh has no devices"
+        return list(self.mesh.devices.flat)
+
+    @property
+    def is_one(self) -> bool:
+        """A single device: functions stay as they are."""
+        return self.mesh.size == 1
+
+    def sharding(self, spec: Any) -> NamedSharding:
+        """spec: one of the above."""
+        if self.is_one:
+            return NamedSharding(self.mesh, EVERYWHERE)
+        return NamedSharding(self.mesh, BY_RANK if isinstance(spec, Stacked) else spec)
+
+    def abstract(self, shape: tuple[int, ...], dtype: Any, spec: P = BY_RANK) -> jax.ShapeDtypeStruct:
+        """An array of one rank's shape -> the description of all ranks' array."""
+        ranks = [self.num_ranks if axis == "dp" else 1 for axis in spec]
+        whole = tuple(size * (ranks[i] if i < len(ranks) else 1) for i, size in enumerate(shape))
+        return jax.ShapeDtypeStruct(whole, dtype, sharding=self.sharding(spec))
+
+    def put(self, array: np.ndarray | np.int32, spec: P = BY_RANK) -> jax.Array:
+        """A host array, the same in every process -> on the devices; asynchronous."""
+        sharding = self.sharding(spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array)[index])
+
+    def over(self, function: Callable[..., Any], ins: tuple[Any, ...], outs: Any) -> Callable[..., Any]:
+        """function of one device's arrays -> the same of the mesh's. ins: a spec, or a tree of them, per argument;
+        outs: a prefix of the result's tree."""
+        if self.is_one:
+            return function
+
+        def local(*arguments: Any) -> Any:
+            given = (
+                jax.tree.map(lambda x: x.reshape(x.shape[1:]), argument) if isinstance(spec, Stacked) else argument
+                for spec, argument in zip(ins, arguments, strict=True)
+            )
+            results = function(*given)
+            if isinstance(outs, Stacked):
+                return _stack(results)
+            if not isinstance(outs, tuple):
+                return results
+            pairs = zip(outs, results, strict=True)
+            return tuple(_stack(result) if isinstance(spec, Stacked) else result for spec, result in pairs)
+
+        return jax.shard_map(local, mesh=self.mesh, in_specs=_plain(ins), out_specs=_plain(outs), check_vma=False)
+
+    def described(self, tree: Any, specs: Any) -> Any:
+        """Abstract arrays, and a prefix of their tree -> the same with shardings."""
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda leaf: self._described(leaf, spec), part),
+            specs,
+            tree,
+            is_leaf=_is_spec,
+        )
+
+    def _described(self, leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding(spec))
+
+
+def specs_of(arrays: Any) -> Any:
+    """Abstract arrays with NamedShardings -> their specs."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, arrays)
+
+
+def _stack(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, P | Stacked)
+
+
+def _plain(specs: Any) -> Any:
+    return jax.tree.map(lambda spec: BY_RANK if isinstance(spec, Stacked) else spec, specs, is_leaf=_is_spec)
