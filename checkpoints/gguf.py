@@ -1,6 +1,7 @@
 """GGUF files: metadata, tensors under their Hugging Face names, and the config files that the metadata implies.
 
-Only Llama-type models. Imports no jax; the gguf package (for dequantisation) only when tensors are opened.
+Llama-type models only: architectures llama (Mistral's too), qwen2 and qwen3. Imports no jax; the gguf package (for
+dequantisation) only when tensors are opened.
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -43,11 +44,15 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# GGUF's architecture -> transformers'. llama.cpp pairs q's and k's rows for the first only.
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -237,6 +242,8 @@ class GGUFSource:
         )
 
     def _permuted_heads(self, tensor: GGUFTensor) -> int:
+        if self.header.architecture != "llama":
+            return 0
         heads = int(self.header.need("attention.head_count"))
         part = tensor.name.split(".")[-2]
         if part == "attn_q":
@@ -265,9 +272,10 @@ def _decode(raw: np.ndarray, kind: int) -> np.ndarray:
 
 
 def _check_architecture(header: GGUFHeader) -> None:
-    if header.architecture != "llama":
+    if header.architecture not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{header.path} holds a model of architecture {header.architecture!r}; only 'llama' can be read from GGUF"
+            f"{header.path} holds a model of architecture {header.architecture!r}; "
+            f"{', '.join(map(repr, _ARCHITECTURES))} can be read from GGUF"
         )
     if header.get("expert_count", 0):
         raise CheckpointError(f"{header.path} holds a mixture of {header.get('expert_count')} experts; not supported")
@@ -279,7 +287,7 @@ def _real(value: float) -> float:
 
 
 def model_config(header: GGUFHeader) -> dict[str, Any]:
-    """The config.json of a Llama with this metadata, under transformers' names.
+    """The config.json of a model with this metadata, under transformers' names.
 
     Raises CheckpointError for another architecture and for a rope that config.json cannot say.
     """
@@ -295,8 +303,8 @@ def model_config(header: GGUFHeader) -> dict[str, Any]:
     vocab = embedding.shape[0] if embedding else len(tokens) if tokens else int(header.need("vocab_size"))
     theta = _real(header.get("rope.freq_base", 10000.0))
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[header.architecture]],
+        "model_type": header.architecture,
         "hidden_act": "silu",
         "hidden_size": embed,
         "intermediate_size": int(header.need("feed_forward_length")),

@@ -1,6 +1,6 @@
 """The names and shapes of a Llama's tensors, in Hugging Face's words and orientation ([out, in])."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 LAYER = {
@@ -57,3 +57,10 @@ def tensor_names(num_layers: int, *, tie: bool, attention_bias: bool = False, ml
     """Every tensor of the checkpoint, in the order of its layers."""
     dims = dict.fromkeys("EHKDFV", 1) | {"L": num_layers}
     return list(tensor_shapes(dims, tie=tie, attention_bias=attention_bias, mlp_bias=mlp_bias))
+
+
+def stored_name(name: str, stored: Collection[str]) -> str:
+    """The name of a decoder's tensor as a checkpoint has it: those published without a head have no "model." before
+    their names."""
+    bare = name.removeprefix("model.")
+    return bare if name not in stored and bare in stored else name

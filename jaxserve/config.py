@@ -38,9 +38,31 @@ class RopeScaling:
     original_max_position: int = 8192
 
 
+DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# What was published without a head, for vectors: the same decoders.
+HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in DECODERS}
+# Keys of config.json that change what a model computes, and the values at which they do not.
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "logits_scaling": (1, 1.0),
+    "quantization_config": (),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "use_qk_norm": (False,),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-type decoder.
+    """A decoder of the Llama type: Llama, Mistral, Qwen2, Qwen3.
 
     Letters as in docs/design.md: L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab.
     """
@@ -57,46 +79,96 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k and v
+    output_bias: bool = False  # of o
     mlp_bias: bool = False
+    qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    windows: tuple[int | None, ...] = ()  # tokens that each layer sees, itself included; None: all. (): all layers all
     source_dtype: str = "float32"  # dtype the checkpoint was published in
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pooling: Literal["last", "mean"] = "last"  # the tokens that a prompt's vector is made of
+    generates: bool = True  # False: published without a head, for vectors only
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} query heads do not share {self.num_kv_heads} KV heads evenly")
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """[L]"""
+        return self.windows or (None,) * self.num_layers
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
         """config.json (and generation_config.json, whose eos ids are added) -> ModelConfig.
 
-        Raises ConfigError for an architecture or a rope type that is not served.
+        Raises ConfigError that names what is asked for and not served.
         """
-        architectures = config.get("architectures") or ["LlamaForCausalLM"]
-        if architectures[0] != "LlamaForCausalLM":
-            raise ConfigError(f"architecture {architectures[0]!r} is not served; LlamaForCausalLM and BertModel are")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act {config['hidden_act']!r} is not served; only 'silu' is")
+        named = (config.get("architectures") or ["LlamaForCausalLM"])[0]
+        architecture = HEADLESS.get(named, named)
+        if architecture not in DECODERS:
+            served = ", ".join((*DECODERS, *HEADLESS, "BertModel"))
+            raise ConfigError(f"architecture {named!r} is not served; {served} are")
+        for key, harmless in _UNSERVED.items():
+            if config.get(key) is not None and config[key] not in harmless:
+                raise ConfigError(f"{key} {config[key]!r} in config.json is not served{_instead(harmless)}")
         heads = int(config["num_attention_heads"])
         rope = config.get("rope_parameters") or {}
+        biases = bool(config.get("attention_bias", False)) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
         eos = _ids(config.get("eos_token_id")) + _ids((generation_config or {}).get("eos_token_id"))
         return cls(
             num_layers=int(config["num_hidden_layers"]),
             embed_dim=int(config["hidden_size"]),
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            head_dim=int(config.get("head_dim") or _default_head_dim(config, architecture)),
             mlp_dim=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
             max_position=int(config.get("max_position_embeddings", 2048)),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(config.get("rope_scaling") or rope),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)) or named in HEADLESS,
+            attention_bias=biases or architecture == "Qwen2ForCausalLM",
+            output_bias=biases,
+            mlp_bias=bool(config.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            windows=_windows(config, architecture),
             source_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
             bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
             eos_token_ids=tuple(dict.fromkeys(eos)),
+            generates=named not in HEADLESS,
         )
+
+
+def _instead(harmless: tuple[Any, ...]) -> str:
+    return f"; {harmless[0]!r} is" if harmless else ""
+
+
+def _default_head_dim(config: Mapping[str, Any], architecture: str) -> int:
+    if architecture == "Qwen3ForCausalLM":
+        return 128
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _windows(config: Mapping[str, Any], architecture: str) -> tuple[int | None, ...]:
+    """Of each layer, as transformers reads them: Mistral's hold for all layers; Qwen's must be switched on, and hold
+    from layer max_window_layers on; layer_types, where it is there, says each layer's."""
+    window, count = config.get("sliding_window"), int(config["num_hidden_layers"])
+    if architecture == "LlamaForCausalLM" or window is None:
+        return ()
+    if architecture.startswith("Qwen") and not config.get("use_sliding_window", False):
+        return ()
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = int(config.get("max_window_layers", 28)) if architecture.startswith("Qwen") else 0
+        return tuple(int(window) if layer >= first else None for layer in range(count))
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != count:
+        asked = ", ".join(unknown) or f"of {len(kinds)} layers, not {count},"
+        raise ConfigError(f"layer_types {asked} is not served; 'full_attention' and 'sliding_attention' are")
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -107,6 +179,8 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(f"partial_rotary_factor {scaling['partial_rotary_factor']!r} is not served; 1 is")
     if kind == "default":
         return None
     if kind == "linear":

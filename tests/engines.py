@@ -99,7 +99,7 @@ def build_runner(
     chosen = choose("cpu", attention)
     shape = StepShape(model, Layout.of(layout), structure, chosen, sizes.page_size, sizes.max_pages, sizes.chunk_size)
     made = ModelRunner(shape, sizes, mesh, jnp.dtype("float32"))
-    monkeypatch.setattr(runner_module, "layers_per_program", lambda num_layers, platform: None)
+    monkeypatch.setattr(runner_module, "layers_per_program", lambda config, platform: None)
     wanted = [bucket for bucket in buckets(sizes) if bucket.num_prefill or not prefill_only]
     monkeypatch.setattr(runner_module, "buckets", lambda sizes: wanted)
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time

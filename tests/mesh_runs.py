@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -16,12 +17,17 @@ if __name__ == "__main__":
     os.environ["NPROC"] = "16"
 
 import numpy as np
-from engines import Driver, build_engine, greedy, shared_folder
+from engines import Driver, build_engine, cache_folder, greedy, quiet, shared_folder
+from tiny_bert import write_tiny_bert
 
+from jaxserve.config import EngineConfig
 from jaxserve.engine.build import Engine
+from jaxserve.engine.encoder import build_encoder
 from jaxserve.engine.grammars import load_vocabulary
+from jaxserve.engine.weights import read_encoder_config
+from jaxserve.scheduling.encoder import EncoderQueue
 from jaxserve.text.grammar import regex
-from jaxserve.types import SamplingParams
+from jaxserve.types import Request, SamplingParams
 
 SIZES: dict[str, Any] = {"max_running": 4, "chunked_prefill_size": 16, "max_total_tokens": 4096, "device": "cpu"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -72,6 +78,26 @@ def collectives_of(program: Any) -> dict[str, int]:
     return dict(Counter(found))
 
 
+def run_encoder(dp: int) -> dict[str, Any]:
+    """A tiny BERT on dp devices: vectors of texts of several lengths."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_bert(folder)
+        sizes: dict[str, Any] = {"max_running": 4, "chunked_prefill_size": 64}
+        config = EngineConfig(folder, cache_folder(), device="cpu", dp_size=dp, **sizes)
+        model = read_encoder_config(config)
+        assert model is not None
+        encoder = build_encoder(config, model, quiet)
+    line = EncoderQueue(encoder.buckets)
+    for index, length in enumerate((3, 16, 9, 30, 40, 2, 7)):
+        ids = tuple(range(4, 4 + length))
+        line.add(Request(index, tuple(4 + i % 20 for i in ids), SamplingParams(max_tokens=0, seed=0), task="embed"))
+    vectors: dict[int, list[float]] = {}
+    while (batch := line.take()) is not None:
+        for request, vector in zip(batch.requests, encoder.runner.launch(batch).result(), strict=False):
+            vectors[request.id] = vector.tolist()
+    return {"vectors": [vectors[index] for index in sorted(vectors)], "devices": encoder.num_devices}
+
+
 def run(name: str) -> dict[str, Any]:
     model, dp, tp = RUNS[name]
     engine = build_engine(shared_folder(model), **SIZES, dp_size=dp, tp_size=tp)
@@ -88,4 +114,6 @@ def run(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: run(name) for name in sys.argv[1:]}))
+    found = {name: run(name) for name in sys.argv[1:]}
+    found |= {f"encoder {dp}": run_encoder(dp) for dp in (1, 2)}
+    print(json.dumps(found))

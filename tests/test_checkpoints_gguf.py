@@ -148,11 +148,11 @@ def test_what_is_no_llama_is_refused(tmp_path):
     path = write_metadata(tmp_path / "a.gguf", {}, [("v.patch_embd.weight", np.zeros((4, 4), np.float32))])
     with pytest.raises(CheckpointError, match=r"'v.patch_embd.weight' belongs to no Llama"):
         GGUFSource(path)
-    writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "qwen2")
+    writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"architecture 'qwen2'; only 'llama'"):
+    with pytest.raises(CheckpointError, match=r"architecture 'gemma'; 'llama', 'qwen2'"):
         GGUFSource(str(tmp_path / "b.gguf"))
     with pytest.raises(CheckpointError, match="lacks the metadata key 'llama.attention.head_count'"):
         model_config(read_header(path))

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from tokenizers import Tokenizer
 
 from checkpoints import convert as converting
+from checkpoints import load as loading
 from checkpoints.convert import OrbaxSource, convert, convert_path, open_source
 from checkpoints.files import CheckpointError, SafetensorsSource, TensorInfo
 from checkpoints.gguf import GGUFSource
@@ -112,6 +113,108 @@ read = sum((i[0].stop - i[0].start) * (i[1].stop - i[1].start) for _, i in sourc
 assert read == 128 * 64 + 64 * 64, read  # every byte once, the copies' too
 """
     run_python(code.replace("FOLDER", repr(tiny)), XLA_FLAGS="--xla_force_host_platform_device_count=4", NPROC="16")
+
+
+def test_every_byte_that_a_mesh_owns_is_read_once_and_no_other(tiny):
+    """By the engine's own table, on 2 ranks of 4 devices: two KV heads, each on two devices, so it is read for each."""
+    from tests.test_checkpoints_files import run_python
+
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from checkpoints.files import SafetensorsSource
+from checkpoints.load import load
+from jaxserve.config import EngineConfig
+from jaxserve.engine.weights import _target, read_model_config
+from jaxserve.model.sharding import describe, make_mesh
+from tests.test_checkpoints_load import Recording, quiet
+model = read_model_config(EngineConfig(FOLDER, FOLDER))
+mesh = make_mesh(jax.devices(), dp=2)
+source = Recording(SafetensorsSource(FOLDER))
+for platform in ("cpu", "tpu"):
+    source.reads.clear()
+    _, description = describe(model, jnp.dtype("float32"), mesh, platform)
+    parameters = jax.tree.leaves(description)
+    names = {name: name for p in parameters for name in p.tensors}
+    arrays = load(source, {p.path: _target(p, names) for p in parameters}, progress=quiet)
+    read = 0
+    for name, index in source.reads:
+        shape = source.tensors[name].shape
+        parts = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+        read += int(np.prod([stop - start for start, stop, _ in parts]))
+    owned = 0
+    for p in parameters:
+        rest = int(np.prod(p.shape)) // (p.shape[::-1] if p.transpose else p.shape)[p.axis]
+        owned += rest * sum(rows.count for rows in p.rows if rows.tensor is not None)
+        held = {str(shard.index) for shard in arrays[p.path].addressable_shards}
+        assert len(held) in (1, 4), p.path
+    assert read == owned, (platform, read, owned)
+"""
+    run_python(code.replace("FOLDER", repr(tiny)), XLA_FLAGS="--xla_force_host_platform_device_count=8", NPROC="16")
+
+
+def test_staging_waits_for_room_and_lets_a_large_one_pass_alone():
+    room, running, most = loading._Room(10), [], []
+
+    def hold(size):
+        with room.taken(size):
+            running.append(size)
+            most.append(sum(running))
+            threading.Event().wait(0.005)
+            running.remove(size)
+
+    threads = [threading.Thread(target=hold, args=(size,)) for size in (4, 4, 4, 25, 3, 9, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(most) == 7 and max(total for total in most if total != 25) <= 10
+
+
+@pytest.mark.slow
+def test_loading_two_gigabytes_takes_them_and_little_more(tmp_path):
+    """Anonymous memory, which the file's own mapped pages are not part of. Linux."""
+    from tests.test_checkpoints_files import run_python
+
+    rows, names = 8192, [f"t{i}" for i in range(16)]  # 16 x 8192 x 4096 float32 = 2 GiB of zeros, a sparse file
+    size = rows * 4096 * 4
+    entries = {
+        name: {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
+    header = json.dumps(entries).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size * len(names))
+    code = """
+import re, threading
+import jax, numpy as np
+from jax.sharding import SingleDeviceSharding
+from checkpoints.files import SafetensorsSource
+from checkpoints.load import STAGED, Target, load
+def anonymous():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024
+source = SafetensorsSource(FOLDER)
+one = SingleDeviceSharding(jax.devices()[0])
+targets = {
+    name: Target({name: info.shape}, np.float32, one, transpose=name.endswith(("0", "2", "4", "6", "8")))
+    for name, info in source.tensors.items()
+}
+before, peak, ended = anonymous(), [0], threading.Event()
+def watch():
+    while not ended.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+arrays = load(source, targets, progress=lambda *step: None)
+ended.set()
+thread.join()
+result = sum(array.nbytes for array in arrays.values())
+extra = max(peak[0], anonymous()) - before - result
+print("EXTRA", extra, "of", result)
+assert result == 2 << 30 and extra < max(array.nbytes for array in arrays.values()) + (64 << 20), extra
+"""
+    run_python(code.replace("FOLDER", repr(str(tmp_path))))
 
 
 def test_a_missing_tensor_and_a_wrong_shape_stop_before_anything_is_read(tiny):

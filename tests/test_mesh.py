@@ -60,6 +60,12 @@ def test_a_decode_step_adds_up_twice_a_layer_and_gathers_its_logits_once(name):
     assert found["collectives"] == (expected if tp > 1 else {"begin": {}, "layers": {}, "finish": {}})
 
 
+def test_an_encoder_shares_its_texts_out_over_ranks():
+    one, two = runs()["encoder 1"], runs()["encoder 2"]
+    assert (one["devices"], two["devices"], len(one["vectors"])) == (1, 2, 7)
+    np.testing.assert_allclose(two["vectors"], one["vectors"], atol=1e-5)
+
+
 def test_a_device_holds_its_share_of_the_cache():
     heads = {name: found["pages"][2] for name, found in runs().items() if name in FEW}
     assert heads == {"tied 1x1": 3, "tied 1x2": 2, "tied 1x8": 1, "tied 2x2": 2}

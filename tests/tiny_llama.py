@@ -208,14 +208,16 @@ def _dump(path: Path, value: Any) -> None:
 
 
 def write_tiny_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, quantise: str = "F32") -> None:
-    """The model of an HF folder (write_tiny_llama's) as a GGUF file, with llama.cpp's names, order and rope factors.
+    """The model of an HF folder (write_tiny_llama's, or a Qwen) as a GGUF file, with llama.cpp's names, order and rope
+    factors.
 
     quantise names a ggml type for the matrices; their rows must be multiples of its block.
     """
     import gguf
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
+    architecture = config["model_type"]
+    writer = gguf.GGUFWriter(str(path), architecture)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -223,8 +225,9 @@ def write_tiny_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str]
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     tokens, merges = tiny_vocabulary()
@@ -239,13 +242,14 @@ def write_tiny_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str]
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-    if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
+    if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         frequencies = inverse_frequencies(config | {"rope_scaling": None}) / inverse_frequencies(config)
         writer.add_tensor("rope_freqs.weight", frequencies.astype(np.float32))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     for name, values in read_safetensors(folder).items():
         values = values.astype(np.float32)
-        if (count := {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])) is not None:
+        paired = {"q_proj": heads, "k_proj": kv_heads} if architecture == "llama" else {}
+        if (count := paired.get(name.split(".")[-2])) is not None:
             halves = values.reshape(count, 2, values.shape[0] // count // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
         kind = gguf.GGMLQuantizationType[quantise if values.ndim == 2 else "F32"]

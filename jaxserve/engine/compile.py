@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.config import ModelConfig
 from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
 from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, PAGES, STACKED, Spread, specs_of
@@ -153,11 +154,17 @@ class Programs:
     count: int
 
 
-def layers_per_program(num_layers: int, platform: str) -> int | None:
-    """CPU: the largest divisor of the layers up to 6; elsewhere a step is one program."""
+def layers_per_program(config: ModelConfig, platform: str) -> int | None:
+    """CPU: the largest divisor of the layers up to 6 after which the kinds of layers repeat, else all of them;
+    elsewhere a step is one program."""
     if platform != "cpu":
         return None
-    return max(size for size in range(1, 7) if num_layers % size == 0)
+    windows, count = config.layer_windows, config.num_layers
+
+    def repeats(size: int) -> bool:
+        return count % size == 0 and all(windows[i] == windows[i % size] for i in range(count))
+
+    return max((size for size in range(1, 7) if repeats(size)), default=count)
 
 
 def compile_programs(

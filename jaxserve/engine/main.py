@@ -123,6 +123,7 @@ def _start(
             cache_misses=engine.counter.cache_misses,
             seconds=time.monotonic() - started,
             embedding_size=engine.model.embed_dim,
+            generates=engine.model.generates,
         )
     )
     grammars.load()  # while the first requests come in

@@ -85,7 +85,7 @@ class ModelRunner:
     def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
         """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
         platform = self._spread.devices[0].platform
-        target = self.target(params, layers_per_program(self._shape.config.num_layers, platform))
+        target = self.target(params, layers_per_program(self._shape.config, platform))
         self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
 
     def target(self, params: Params, layers_per_program: int | None) -> Target:

@@ -62,11 +62,8 @@ class Spread:
         return jax.ShapeDtypeStruct(whole, dtype, sharding=self.sharding(spec))
 
     def put(self, array: np.ndarray | np.int32, spec: P = BY_RANK) -> jax.Array:
-        """A host array, the same in every process -> on the devices; asynchronous."""
-        sharding = self.sharding(spec)
-        if sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array)[index])
+        """A host array -> on the devices; asynchronous."""
+        return jax.device_put(array, self.sharding(spec))
 
     def over(self, function: Callable[..., Any], ins: tuple[Any, ...], outs: Any) -> Callable[..., Any]:
         """function of one device's arrays -> the same of the mesh's. ins: a spec, or a tree of them, per argument;

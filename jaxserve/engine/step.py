@@ -7,7 +7,6 @@ Letters: S decode rows, T prefill tokens, R chunks, E embed, V vocab (scheduling
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jaxserve.model.sharding import Params, Structure, merge
 from jaxserve.scheduling import plan as plans
 from jaxserve.scheduling.plan import Bucket, PlanArrays
 from jaxserve.types import MAX_TOP_LOGPROBS
-from kernels_pallas.attention import FULL, Attention, DecodeRows, PrefillChunks
+from kernels_pallas.attention import Attention, DecodeRows, LayerKind, PrefillChunks, Work
 from kernels_pallas.cache import KVCache
 
 
@@ -59,6 +58,17 @@ class StepShape:
     max_pages: int  # M
     chunk_size: int  # C: prefill tokens of a step at most
 
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers that the model has, each once."""
+        return tuple(LayerKind(window=window) for window in dict.fromkeys(self.config.layer_windows))
+
+    @property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """[L] the kind of each layer, as an index."""
+        numbers = {window: number for number, window in enumerate(dict.fromkeys(self.config.layer_windows))}
+        return tuple(numbers[window] for window in self.config.layer_windows)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Shared:
     """What all layers of a step share, and what comes after them."""
 
     rope: tuple[jax.Array, jax.Array]
-    work: Any  # of the attention backend
+    work: tuple[Work, ...]  # of the attention backend, for each kind of layer
     picked: jax.Array  # [S + R] index among the S + T tokens of each row's last one
     rows: sampling.SamplingRows
 
@@ -112,10 +122,11 @@ def run_layers(
     *,
     shape: StepShape,
 ) -> tuple[jax.Array, KVCache]:
-    """hidden [S + T, E] through layers first, first + 1, …; traced once and called for each."""
-    run = jax.jit(functools.partial(_layer, shape=shape))
+    """hidden [S + T, E] through layers first, first + 1, …; traced once for each kind and called for each. first: the
+    kinds of layers must repeat from there as from layer 0 (compile.layers_per_program)."""
+    run = jax.jit(functools.partial(_layer, shape=shape), static_argnames="kind")
     for index, leaves in enumerate(layers):
-        hidden, cache = run(list(leaves), hidden, cache, first + index, shared)
+        hidden, cache = run(list(leaves), hidden, cache, first + index, shared, kind=shape.layer_kinds[index])
     return hidden, cache
 
 
@@ -165,17 +176,18 @@ def _layer(
     shared: Shared,
     *,
     shape: StepShape,
+    kind: int,
 ) -> tuple[jax.Array, KVCache]:
     block: Block = merge(shape.structure.layer, leaves)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, KVCache]:
-        return shape.attention.attend(q, k, v, cache, layer, shared.work)
+        return shape.attention.attend(q, k, v, cache, layer, shared.work[kind])
 
     return block(hidden, cache, layer, shared.rope, attend)
 
 
-def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> Any:
-    """What the layers share: the backend's plan for the decode rows and the chunks."""
+def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> tuple[Work, ...]:
+    """What the layers of each kind share: the backend's plan for the decode rows and the chunks."""
     num_decode = bucket.num_decode
     rows = chunks = None
     if num_decode:
@@ -187,7 +199,7 @@ def _attention_work(arrays: PlanArrays, shape: StepShape, bucket: Bucket) -> Any
             arrays.chunk_starts,
             arrays.positions[num_decode:],
         )
-    return shape.attention.plan(rows, chunks, shape.page_size, FULL)
+    return tuple(shape.attention.plan(rows, chunks, shape.page_size, kind) for kind in shape.kinds)
 
 
 def _picked(arrays: PlanArrays, bucket: Bucket) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from checkpoints import bert
+from checkpoints import bert, llama
 from checkpoints.convert import OrbaxSource, convert, open_source
 from checkpoints.files import SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
@@ -77,9 +77,8 @@ def load_params(
     parameters = jax.tree.leaves(description)
     shapes = {name: shape for p in parameters for name, shape in p.tensors.items()}
     source = _open(config, shapes, report)
-    names = {name: name for name in shapes}
-    if isinstance(model, EncoderConfig):
-        names = {name: bert.stored_name(name, source.tensors) for name in names}
+    stored_name = bert.stored_name if isinstance(model, EncoderConfig) else llama.stored_name
+    names = {name: stored_name(name, source.tensors) for name in shapes}
     targets = {p.path: _target(p, names) for p in parameters}
     arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
     return jax.tree.map(lambda p: arrays[p.path], description)

@@ -1,9 +1,10 @@
-"""Llama in Flax: the modules say names, shapes and equations; the step (engine.step) calls them on flat leaves.
+"""Llama, Mistral and Qwen in Flax: the modules say names, shapes and equations; engine.step calls them on flat leaves.
 
 L layers, E embed, H query heads, K kv heads, D head dim, F mlp, V vocab, T tokens. H, K, F and V are one device's share
 (model.partition): the modules are written for one of tp devices, and add up over the mesh's axis "tp" where they must.
 Sources: Touvron et al. 2023
-(Llama 2), Grattafiori et al. 2024 (Llama 3; rope scaling as in its reference code), Su et al. 2021 (rotary positions).
+(Llama 2), Grattafiori et al. 2024 (Llama 3; rope scaling as in its reference code), Su et al. 2021 (rotary positions),
+Jiang et al. 2023 (Mistral), Yang et al. 2024 and 2025 (Qwen2, Qwen3).
 """
 
 from collections.abc import Callable
@@ -112,12 +113,18 @@ class Attention(nnx.Module):
         heads, kv_heads = shares.num_heads * config.head_dim, shares.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.feature_major = layout.feature_major
-        options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype, "layout": layout}
-        self.qkv = Joint(config.embed_dim, (heads, kv_heads, kv_heads), out_in=True, **options)
-        self.o = Linear(heads, config.embed_dim, adds_up=shares.tp > 1, **options)
+        options: dict[str, Any] = {"dtype": dtype, "layout": layout}
+        widths = (heads, kv_heads, kv_heads)
+        self.qkv = Joint(config.embed_dim, widths, out_in=True, bias=config.attention_bias, **options)
+        norm = (config.head_dim, config.norm_eps, dtype, Layout())
+        self.q_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.o = Linear(heads, config.embed_dim, adds_up=shares.tp > 1, bias=config.output_bias, **options)
 
     def __call__(self, x: jax.Array, cache: Any, layer: Any, rope: tuple[jax.Array, jax.Array], attend: Attend) -> Any:
         q, k, v = (self._split(part) for part in self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(rotate(q, rope), rotate(k, rope), v, cache, layer)
         out = out.reshape(out.shape[0], -1)
         return self.o(out.T if self.feature_major else out), cache

@@ -46,6 +46,8 @@ TABLE: Table = {
     "layers.{}.attn.qkv.bias": tensors(
         _LAYER + "self_attn.", "_proj.bias", {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
     ),
+    "layers.{}.attn.q_norm.scale": tensors(_LAYER, ".weight", {"self_attn.q_norm": "head_dim"}),
+    "layers.{}.attn.k_norm.scale": tensors(_LAYER, ".weight", {"self_attn.k_norm": "head_dim"}),
     "layers.{}.attn.o.kernel": tensors(_LAYER, ".weight", {"self_attn.o_proj": "embed heads"}),
     "layers.{}.attn.o.bias": tensors(_LAYER, ".bias", {"self_attn.o_proj": "embed"}),
     "layers.{}.mlp_norm.scale": tensors(_LAYER, ".weight", {"post_attention_layernorm": "embed"}),
@@ -134,6 +136,7 @@ def describe(
 def _sizes(config: ModelConfig) -> dict[str, int]:
     return {
         "embed": config.embed_dim,
+        "head_dim": config.head_dim,
         "heads": config.num_heads * config.head_dim,
         "kv_heads": config.num_kv_heads * config.head_dim,
         "mlp": config.mlp_dim,

@@ -43,7 +43,7 @@ def compile_step(blueprint: Blueprint, bucket: Bucket, platform: str) -> Compile
     """As the engine would (on CPU a step is several programs), for the mesh of the blueprint: one to compile for."""
     target = blueprint.runner.target(
         jax.tree.map(Parameter.abstract, blueprint.parameters),
-        layers_per_program(blueprint.shape.config.num_layers, platform),
+        layers_per_program(blueprint.shape.config, platform),
     )
     started = time.monotonic()
     with compiling_for(target), precision(target.params):
