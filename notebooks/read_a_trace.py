@@ -7,6 +7,17 @@
 #
 # The first cell installs jaxserve from the checkout that this notebook lies in, where it is missing.
 
+# %%
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+
+if importlib.util.find_spec("jaxserve") is None:
+    tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists()
+    extras = ",".join(["notebooks"] + (["tpu"] if tpu else ["cuda12"] if shutil.which("nvidia-smi") else []))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"..[{extras}]"], check=True)
 
 # %% [markdown]
 # ## Profile a few steps
