@@ -76,7 +76,8 @@ def through_torch(args: argparse.Namespace, round_number: int) -> Figures:
         "warmup": make_prompts(max(args.streams), args.input_len, args.seed + 1_000_003),
         "runs": [{"streams": n, "prompts": prompts_of(n, args, round_number)} for n in args.streams],
     }
-    command = [args.torch_python, str(Path(__file__).with_name("torch_generate.py"))]
+    # -P: the modules beside the script are not to be found in the place of others of their names (kernels).
+    command = [args.torch_python, "-P", str(Path(__file__).with_name("torch_generate.py"))]
     done = subprocess.run(command, check=False, input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
