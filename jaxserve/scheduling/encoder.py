@@ -100,11 +100,15 @@ class EncoderQueue:
         return EncoderBatch(bucket, tuple(requests))
 
     def _fit(self, length: int, count: int) -> EncoderBucket:
-        """The smallest that holds all, unless more than half of it would be padding: then the largest that is full."""
+        """The smallest that holds all, unless half of it or more would be padding: then the largest that is full.
+
+        Where there is none (several ranks: no bucket has fewer rows than ranks), padding it is.
+        """
         larger = [rows for rows in self._rows[length] if rows >= count]
-        if larger and (count > larger[0] // 2 or larger[0] == 1):
+        full = [rows for rows in self._rows[length] if rows <= count]
+        if larger and (count > larger[0] // 2 or not full):
             return EncoderBucket(larger[0], length)
-        return EncoderBucket(max(rows for rows in self._rows[length] if rows <= count), length)
+        return EncoderBucket(full[-1], length)
 
     def _pop(self, request_id: int) -> Request:
         key = self._line_of.pop(request_id)
