@@ -92,6 +92,7 @@ class Terminal:
 
 
 def _own_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
