@@ -38,6 +38,12 @@ def test_buckets_cover_every_length_with_few_programs():
     assert encoder_buckets(8, 512, 2) == (EncoderBucket(1, 8),)
 
 
+def test_one_text_takes_the_smallest_bucket_there_is():
+    line = EncoderQueue((EncoderBucket(8, 16), EncoderBucket(2, 16)))  # of two ranks
+    line.add(request(0, 5))
+    assert line.take() == EncoderBatch(EncoderBucket(2, 16), (request(0, 5),))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_text_runs_once_and_the_urgent_first(seed):
     print("seed", seed)
