@@ -6,6 +6,8 @@ Run once; the suite itself needs neither. Written are logits [40, V] of each pro
 of its last token after the final norm, and the versions.
 """
 
+import copy
+
 import numpy as np
 import torch
 import transformers
@@ -13,7 +15,8 @@ from families import CASES, EMBEDDERS, RECORDED, prompt_of, weights
 
 
 def record(name: str) -> np.ndarray:
-    given = {key: value for key, value in CASES[name].items() if key != "architectures"}
+    given = copy.deepcopy(CASES[name])  # transformers writes into what it is given, and cases share rope scalings
+    del given["architectures"]
     config = transformers.AutoConfig.for_model(**given)
     config._attn_implementation = "eager"
     architecture = CASES[name]["architectures"][0]
