@@ -1,7 +1,8 @@
 """What makers publish of their accelerators, one device as JAX counts them. Imports nothing.
 
-Nothing here was measured by us, but for the CPU's bandwidth, and latencies are assumptions; the planner's rooflines say
-so. Bytes are bytes, rates are per second, links are one way.
+Sources name where to look; the figures were not checked against them one by one. Nothing was measured by us, but for
+the CPU's bandwidth, and latencies are assumptions; the planner's rooflines say so. Bytes are bytes, rates are per
+second, links are one way.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ _TPU = "cloud.google.com/tpu/docs: system architecture"
 _HOP = 1e-6  # about 1 us: Austin et al. 2025, How to Scale Your Model
 _NVLINK_HOP = 2e-6  # a switch between any two
 
-# Memory of TPUs is what XLA's compiler for them says there is ("... of 15.75G hbm"), a little less than is published.
+# XLA's compiler lets a v5e's programs have a little less than is published ("... of 15.75G hbm": seen). Of the other
+# TPUs the like is assumed.
 CHIPS = {
     chip.name: chip
     for chip in (
