@@ -26,7 +26,7 @@ from jaxserve.planner.targets import why_no_compiler
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
 
-MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.3-70B")
+MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.3-70B")
 TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1", "h200:1", "h200:8")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -63,9 +64,15 @@ class Target:
 
 
 def load(
-    source: TensorSource, targets: Mapping[str, Target], *, progress: Progress, workers: int | None = None
-) -> dict[str, jax.Array]:
-    """Fill every target; progress(bytes done, bytes in all, line for people) is called from this thread.
+    source: TensorSource,
+    targets: Mapping[str, Target],
+    *,
+    progress: Progress,
+    take: Callable[[str, jax.Array], Any] = lambda key, array: array,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Fill every target; progress(bytes done, bytes in all, line for people) is called from this thread, and so is
+    take(key, array) for each array that is there, in any order: what it gives is what is returned for the key.
 
     Reads in `workers` threads (default: the cores, 8 at most). Beside the result one target is in host memory, or
     STAGED bytes of several.
@@ -84,8 +91,8 @@ def load(
         futures = {pool.submit(_array, source, targets[key], room): key for key in order}
         try:
             for future in as_completed(futures):
-                key = futures[future]
-                arrays[key] = future.result()
+                key = futures.pop(future)  # which would hold the array
+                arrays[key] = take(key, future.result())
                 done += sizes[key]
                 progress(done, total, f"{len(arrays)} of {len(targets)} tensors read")
         except BaseException:

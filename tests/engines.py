@@ -26,7 +26,8 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
-from jaxserve.model.sharding import Parameter, describe, make_mesh
+from jaxserve.model.sharding import describe, make_mesh
+from jaxserve.model.stacked import abstract, period_of
 from jaxserve.scheduling.grammar import Vocabulary
 from jaxserve.scheduling.plan import Plan
 from jaxserve.scheduling.ranks import make_scheduler
@@ -97,17 +98,19 @@ def build_runner(
     model, mesh = read_model_config(config), make_mesh(jax.devices()[:1])
     structure, description = describe(model, jnp.dtype("float32"), mesh, layout)
     chosen = choose("cpu", attention)
-    shape = StepShape(model, Layout.of(layout), structure, chosen, sizes.page_size, sizes.max_pages, sizes.chunk_size)
+    period = period_of(model, layout)
+    pages = (sizes.page_size, sizes.max_pages, sizes.chunk_size)
+    shape = StepShape(model, Layout.of(layout), structure, chosen, *pages, period)
     made = ModelRunner(shape, sizes, mesh, jnp.dtype("float32"))
     monkeypatch.setattr(runner_module, "layers_per_program", lambda config, platform: None)
     wanted = [bucket for bucket in buckets(sizes) if bucket.num_prefill or not prefill_only]
     monkeypatch.setattr(runner_module, "buckets", lambda sizes: wanted)
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     try:
-        made.compile(jax.tree.map(Parameter.abstract, description), lambda done, total: None)
+        made.compile(abstract(description, period), lambda done, total: None)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
-    made.load(load_params(config, model, description, quiet))
+    made.load(load_params(config, model, description, quiet, period=period))
     return made
 
 

@@ -20,7 +20,8 @@ from jaxserve.engine.step import StepShape
 from jaxserve.engine.weights import load_params, read_model_config
 from jaxserve.model.llama import Layout
 from jaxserve.model.partition import Shares
-from jaxserve.model.sharding import Parameter, Params, describe, make_mesh
+from jaxserve.model.sharding import Params, describe, make_mesh
+from jaxserve.model.stacked import abstract, period_of
 from kernels_pallas.attention import Attention, choose, gpu_facts
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ class Blueprint:
     runner: ModelRunner
     parameters: Params  # of Parameter descriptions
 
+    @property
+    def params(self) -> Params:
+        """Of abstract arrays with their shardings, as programs take them."""
+        return abstract(self.parameters, self.shape.period)
+
 
 def draw(
     model: ModelConfig, config: EngineConfig, device: DeviceFacts, mesh_of: Callable[[Sizes], Mesh | AbstractMesh]
@@ -69,6 +75,7 @@ def draw(
         page_size=sizes.scheduler.page_size,
         max_pages=sizes.scheduler.max_pages,
         chunk_size=sizes.scheduler.chunk_size,
+        period=period_of(model, device.platform),
     )
     return Blueprint(sizes, shape, ModelRunner(shape, sizes.scheduler, mesh, dtype), parameters)
 
@@ -88,9 +95,8 @@ def build(config: EngineConfig, report: Report) -> Engine:
     devices = devices[: sizes.dp * sizes.tp]
     logger.info("mesh: dp %d x tp %d of %s", sizes.dp, sizes.tp, devices[0].device_kind)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(load_params, config, model, blueprint.parameters, report)
-        abstract = jax.tree.map(Parameter.abstract, blueprint.parameters)
-        runner.compile(abstract, compile_progress(report), folder=programs)
+        loading = pool.submit(load_params, config, model, blueprint.parameters, report, period=blueprint.shape.period)
+        runner.compile(blueprint.params, compile_progress(report), folder=programs)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))

@@ -26,6 +26,7 @@ from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
 from jaxserve.model import sampling
 from jaxserve.model.sharding import Params
+from jaxserve.model.stacked import repeats
 from jaxserve.scheduling.plan import Bucket, num_words, packed_size
 from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
@@ -159,12 +160,7 @@ def layers_per_program(config: ModelConfig, platform: str) -> int | None:
     elsewhere a step is one program."""
     if platform != "cpu":
         return None
-    windows, count = config.layer_windows, config.num_layers
-
-    def repeats(size: int) -> bool:
-        return count % size == 0 and all(windows[i] == windows[i % size] for i in range(count))
-
-    return max((size for size in range(1, 7) if repeats(size)), default=count)
+    return max((size for size in range(1, 7) if repeats(config, size)), default=config.num_layers)
 
 
 def compile_programs(
@@ -341,7 +337,11 @@ class _Builder:
         spread = self.target.spread
         outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(function, ins, outs, arguments))
         jitted = jax.jit(
-            spread.over(function, ins, outs), donate_argnums=donate, out_shardings=outputs, keep_unused=True
+            spread.over(function, ins, outs),
+            donate_argnums=donate,
+            out_shardings=outputs,
+            keep_unused=True,
+            compiler_options=spread.compiler_options,
         )
         return jitted.lower(*arguments)
 

@@ -103,7 +103,13 @@ class EncoderRunner:
         spread = self._spread
         batch = spread.abstract((bucket.num_rows // spread.num_ranks, bucket.num_tokens + 1), jnp.int32)
         function = spread.over(functools.partial(encode, shape=self._shape), (specs_of(params), BY_RANK), BY_RANK)
-        return jax.jit(function, out_shardings=spread.sharding(BY_RANK), keep_unused=True).lower(params, batch)
+        jitted = jax.jit(
+            function,
+            out_shardings=spread.sharding(BY_RANK),
+            keep_unused=True,
+            compiler_options=spread.compiler_options,
+        )
+        return jitted.lower(params, batch)
 
     def _describe(self, params: Params) -> str:
         """All that the programs are made from, the same text in every process."""

@@ -87,7 +87,12 @@ def lower(params: Params, shape: StepShape, spread: Spread, num_spans: int) -> d
 
     def lowering(function: Callable[..., Any], ins: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[[], Any]:
         over = spread.over(functools.partial(function, shape=shape), ins, BY_RANK)
-        program = jax.jit(over, out_shardings=spread.sharding(BY_RANK), keep_unused=True)
+        program = jax.jit(
+            over,
+            out_shardings=spread.sharding(BY_RANK),
+            keep_unused=True,
+            compiler_options=spread.compiler_options,
+        )
         return lambda: program.lower(*arguments)
 
     return {

@@ -45,6 +45,14 @@ class Spread:
         return list(self.mesh.devices.flat)
 
     @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What XLA is told for programs that read weights. TPU7x: bfloat16 arrays keep the tiles they come in; left to
+        itself the compiler lays out every weight anew in every step, which needs room for all of them once more."""
+        if self.devices[0].device_kind != "TPU7x":
+            return None
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}
+
+    @property
     def is_one(self) -> bool:
         """A single device: functions stay as they are."""
         return self.mesh.size == 1

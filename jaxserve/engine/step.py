@@ -57,6 +57,7 @@ class StepShape:
     page_size: int
     max_pages: int  # M
     chunk_size: int  # C: prefill tokens of a step at most
+    period: int | None = None  # layers of a turn where their parameters are stacked (model.stacked)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -123,11 +124,23 @@ def run_layers(
     shape: StepShape,
 ) -> tuple[jax.Array, KVCache]:
     """hidden [S + T, E] through layers first, first + 1, …; traced once for each kind and called for each. first: the
-    kinds of layers must repeat from there as from layer 0 (compile.layers_per_program)."""
+    kinds of layers must repeat from there as from layer 0 (compile.layers_per_program). Stacked layers are scanned."""
     run = jax.jit(functools.partial(_layer, shape=shape), static_argnames="kind")
-    for index, leaves in enumerate(layers):
-        hidden, cache = run(list(leaves), hidden, cache, first + index, shared, kind=shape.layer_kinds[index])
-    return hidden, cache
+
+    def chain(
+        layers: Sequence[Sequence[jax.Array]], hidden: jax.Array, cache: KVCache, first: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        for index, leaves in enumerate(layers):
+            hidden, cache = run(list(leaves), hidden, cache, first + index, shared, kind=shape.layer_kinds[index])
+        return hidden, cache
+
+    if shape.period is None:
+        return chain(layers, hidden, cache, first)
+    turns = layers[0][0].shape[0]
+    firsts = first + shape.period * jnp.arange(turns, dtype=jnp.int32)
+    # The cache is carried, since scanning over it would make a second one.
+    result, _ = lax.scan(lambda carry, turn: (chain(turn[0], *carry, turn[1]), None), (hidden, cache), (layers, firsts))
+    return result
 
 
 def pick(hidden: jax.Array, shared: Shared, *, shape: StepShape, bucket: Bucket) -> tuple[jax.Array, jax.Array | None]:

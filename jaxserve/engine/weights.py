@@ -15,6 +15,7 @@ from checkpoints.gguf import GGUFSource
 from checkpoints.load import DummySource, Part, Target, load
 from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig, pooling_of
 from jaxserve.model.sharding import Parameter, Params
+from jaxserve.model.stacked import Stacks
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
 _POOLING = "1_Pooling"  # sentence-transformers' folder beside the model
@@ -71,17 +72,27 @@ def read_encoder_config(config: EngineConfig) -> EncoderConfig | None:
 
 
 def load_params(
-    config: EngineConfig, model: ModelConfig | EncoderConfig, description: Params, report: Report
+    config: EngineConfig,
+    model: ModelConfig | EncoderConfig,
+    description: Params,
+    report: Report,
+    *,
+    period: int | None = None,
 ) -> Params:
-    """Params of Parameter descriptions -> Params of arrays on their devices. Converts the default model once."""
+    """Params of Parameter descriptions -> Params of arrays on their devices; period: see model.stacked. Converts the
+    default model once."""
     parameters = jax.tree.leaves(description)
     shapes = {name: shape for p in parameters for name, shape in p.tensors.items()}
     source = _open(config, shapes, report)
     stored_name = bert.stored_name if isinstance(model, EncoderConfig) else llama.stored_name
     names = {name: stored_name(name, source.tensors) for name in shapes}
     targets = {p.path: _target(p, names) for p in parameters}
-    arrays = load(source, targets, progress=lambda done, total, message: report("load", done, total, message))
-    return jax.tree.map(lambda p: arrays[p.path], description)
+    stacks = Stacks(description, period)
+
+    def progress(done: int, total: int, message: str) -> None:
+        report("load", done, total, message)
+
+    return stacks.params(load(source, targets, progress=progress, take=stacks.take))
 
 
 def _target(p: Parameter, names: Mapping[str, str]) -> Target:

@@ -13,7 +13,6 @@ from jax.errors import JaxRuntimeError
 
 from jaxserve.engine.build import Blueprint
 from jaxserve.engine.compile import layers_per_program, lowerings, precision
-from jaxserve.model.sharding import Parameter
 from jaxserve.scheduling.plan import Bucket
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -41,10 +40,7 @@ class CompiledStep:
 
 def compile_step(blueprint: Blueprint, bucket: Bucket, platform: str) -> CompiledStep:
     """As the engine would (on CPU a step is several programs), for the mesh of the blueprint: one to compile for."""
-    target = blueprint.runner.target(
-        jax.tree.map(Parameter.abstract, blueprint.parameters),
-        layers_per_program(blueprint.shape.config, platform),
-    )
+    target = blueprint.runner.target(blueprint.params, layers_per_program(blueprint.shape.config, platform))
     started = time.monotonic()
     with compiling_for(target), precision(target.params):
         try:

@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxserve.engine.build import Blueprint
 from jaxserve.model.partition import Shares
-from jaxserve.model.sharding import Parameter
 from jaxserve.planner.roofline import Work, attention_flops, causal_pairs
 
 
@@ -72,7 +71,7 @@ class Footprint:
 def footprint(blueprint: Blueprint) -> Footprint:
     """Takes no memory: the blueprint's arrays are abstract."""
     params, config = blueprint.parameters, blueprint.shape.config
-    state = blueprint.runner.target(jax.tree.map(Parameter.abstract, params), None).state
+    state = blueprint.runner.target(blueprint.params, None).state
     weights = _bytes(jax.tree.leaves(params))
     has_head = any(leaf.path.startswith("head.out") for leaf in params.head)
     (embed,) = params.embed

@@ -17,7 +17,7 @@ from jaxserve.engine.chips import CHIPS
 from jaxserve.engine.compile import Target, _Builder, precision
 from jaxserve.engine.gpu_targets import gpu_devices
 from jaxserve.engine.sizing import DeviceFacts
-from jaxserve.model.sharding import Parameter, make_mesh
+from jaxserve.model.sharding import make_mesh
 from jaxserve.planner.compiled import collectives, makers_of
 from jaxserve.scheduling.buckets import buckets
 from jaxserve.scheduling.plan import Bucket
@@ -101,6 +101,6 @@ def target_of(
     facts = DeviceFacts(chip.platform, num_devices, None, chip.capability)
     engine = EngineConfig("model", "cache", attention_backend=backend, **config)
     blueprint = draw(model, engine, facts, lambda sizes: mesh)
-    target = blueprint.runner.target(jax.tree.map(Parameter.abstract, blueprint.parameters), None)
+    target = blueprint.runner.target(blueprint.params, None)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it what they are compiled for
         yield target, {(b.num_decode, b.num_prefill): b for b in buckets(blueprint.sizes.scheduler)}

@@ -78,7 +78,7 @@ def check(step: Compiled) -> None:
     assert not {"copy", "copy-start", "transpose", "convert"} & set(made), f"{made} make arrays of the cache's shape"
     assert step.memory.alias_size_in_bytes >= step.cache_bytes
     config, bucket = step.target.shape.config, step.bucket
-    bound = 48 * MIB + 2 * 2 * 4 * bucket.num_prefill * config.mlp_dim // step.target.replicated.mesh.size
+    bound = 48 * MIB + 2 * 2 * 4 * bucket.num_prefill * config.mlp_dim // step.target.spread.mesh.size
     assert step.memory.temp_size_in_bytes < bound, f"{step.memory.temp_size_in_bytes / MIB:.1f} MiB of temporaries"
     kernels = set(re.findall(r"paged_decode|add_items|paged_prefill", step.text))
     assert kernels == ({"paged_decode", "add_items"} if bucket.num_decode else set()) | (
