@@ -104,9 +104,11 @@ def load(
 def _check(source: TensorSource, key: str, target: Target, where: str) -> None:
     for name, shape in target.tensors.items():
         info = require(source, name, where)
-        if info.dtype not in _LOADABLE:
+        in_8_bits = np.dtype(target.dtype).itemsize == 1  # checkpoints.quant makes them; a cast would not
+        if info.dtype not in ({np.dtype(target.dtype)} if in_8_bits else _LOADABLE):
             raise CheckpointError(
-                f"{where}: tensor {name!r} is {info.dtype}; expected float32, float16 or bfloat16 "
+                f"{where}: tensor {name!r} is {info.dtype}; expected "
+                f"{np.dtype(target.dtype) if in_8_bits else 'float32, float16 or bfloat16'} "
                 "(checkpoints quantised this way cannot be loaded)"
             )
         if info.shape != tuple(shape):

@@ -1,7 +1,7 @@
 """Frozen configuration values. Nothing here reads the environment; files are read by whoever hands the dict in."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -51,13 +51,82 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "attention_multiplier": (),
     "logits_scaling": (1, 1.0),
-    "quantization_config": (),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "use_qk_norm": (False,),
 }
+
+
+Quantization = Literal["int8", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuantization:
+    """How a checkpoint holds the matrices of its layers: 8 bits an element, and scales beside them."""
+
+    method: Quantization
+    block: tuple[int, int] | None = None  # elements that share a scale; None: those of a row, or of the whole matrix
+
+
+def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
+    """What quantization_config in config.json says; None: the weights are floats. Raises ConfigError that names what is
+    not served."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found is None:
+        return None
+    kind = found.get("quant_method", "compressed-tensors" if "config_groups" in found else None)
+    if kind == "fp8":
+        return StoredQuantization("fp8", _block(found.get("weight_block_size")))
+    if kind == "compressed-tensors":
+        return _compressed_tensors(found)
+    raise ConfigError(
+        f"quantization_config with quant_method {kind!r} in config.json is not served; 'fp8' and 'compressed-tensors' "
+        "are: take the float checkpoint, and --quantization int8 or fp8"
+    )
+
+
+def _compressed_tensors(found: Mapping[str, Any]) -> StoredQuantization:
+    """https://github.com/vllm-project/compressed-tensors: one scheme for all layers, weights of 8 bits around zero."""
+    written = found.get("format")
+    if written not in ("int-quantized", "float-quantized", "naive-quantized"):
+        raise ConfigError(
+            f"compressed-tensors in the format {written!r} are not served; 'int-quantized' and 'float-quantized' are"
+        )
+    if found.get("quantization_status", "compressed") != "compressed":
+        raise ConfigError(
+            f"compressed-tensors of the status {found['quantization_status']!r} are not served; 'compressed' are"
+        )
+    sparsity = (found.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise ConfigError(f"compressed-tensors with the sparsity {sparsity!r} are not served; 'dense' ones are")
+    schemes = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
+    kinds = {
+        (each.get("type", "int"), each.get("num_bits"), each.get("strategy"), bool(each.get("symmetric", True)))
+        for each in schemes
+    }
+    if len(kinds) != 1:
+        raise ConfigError(f"compressed-tensors with {len(kinds)} schemes of weights are not served; those with one are")
+    ((number, bits, strategy, symmetric),) = kinds
+    if (number, bits) not in (("int", 8), ("float", 8)) or not symmetric or strategy not in _STRATEGIES:
+        raise ConfigError(
+            f"compressed-tensors weights of type {number!r}, {bits} bits, strategy {strategy!r}, symmetric {symmetric} "
+            f"are not served; 8 bits, symmetric, with the strategies {', '.join(_STRATEGIES)} are"
+        )
+    block = _block(schemes[0].get("block_structure")) if strategy == "block" else None
+    return StoredQuantization("int8" if number == "int" else "fp8", block)
+
+
+_STRATEGIES = ("tensor", "channel", "block")
+
+
+def _block(size: Any) -> tuple[int, int] | None:
+    """[128, 128], or "128x128"."""
+    if size is None:
+        return None
+    rows, columns = size.split("x") if isinstance(size, str) else size
+    return int(rows), int(columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +158,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pooling: Literal["last", "mean"] = "last"  # the tokens that a prompt's vector is made of
     generates: bool = True  # False: published without a head, for vectors only
+    quantization: Quantization | None = None  # of the layers' matrices; None: dtype
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -113,6 +183,7 @@ class ModelConfig:
         for key, harmless in _UNSERVED.items():
             if config.get(key) is not None and config[key] not in harmless:
                 raise ConfigError(f"{key} {config[key]!r} in config.json is not served{_instead(harmless)}")
+        stored = stored_quantization(config)
         heads = int(config["num_attention_heads"])
         rope = config.get("rope_parameters") or {}
         biases = bool(config.get("attention_bias", False)) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -139,7 +210,25 @@ class ModelConfig:
             bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
             eos_token_ids=tuple(dict.fromkeys(eos)),
             generates=named not in HEADLESS,
+            quantization=None if stored is None else stored.method,
         )
+
+    def quantized(self, wanted: str) -> "ModelConfig":
+        """As --quantization says: auto, as the checkpoint is; none, in floats whatever it is. Raises ConfigError for
+        another method than the checkpoint's own."""
+        if wanted == "auto" or wanted == self.quantization:
+            return self
+        if wanted == "none":
+            return replace(self, quantization=None)
+        if self.quantization is not None:
+            raise ConfigError(
+                f"--quantization {wanted}: the checkpoint is {self.quantization} already; leave the flag out, or widen "
+                "its weights to --dtype with none"
+            )
+        return replace(self, quantization=_QUANTIZATIONS[wanted])
+
+
+_QUANTIZATIONS: dict[str, Quantization] = {"int8": "int8", "fp8": "fp8"}
 
 
 def _instead(harmless: tuple[Any, ...]) -> str:
@@ -286,6 +375,8 @@ class EngineConfig:
         None  # weights come from this converted checkpoint, written from gguf_path first if it is absent
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["auto", "none", "int8", "fp8"] = "auto"  # of the layers' matrices; auto: as stored
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # auto: that of the activations
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     attention_backend: Literal["auto", "pallas", "xla"] = "auto"  # auto: pallas on TPU and Hopper, xla elsewhere
     tp_size: int | None = None  # devices that share out the heads of every layer

@@ -1,7 +1,9 @@
-"""The file of --config: flags as the keys of a YAML mapping."""
+"""The file of --config: flags as the keys of a YAML mapping; and argparse, made to speak as it does."""
 
+import argparse
+import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 
 class FlagError(ValueError):
@@ -46,3 +48,19 @@ def _file_argument(name: str, value: Any, names: set[str]) -> list[str]:
     if isinstance(value, list):
         return [name, *map(str, value)]
     return [f"{name}={value}"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises FlagError instead of printing the whole usage before every error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(message)
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Several names of one flag are shown over several lines where they need them."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = super()._format_action_invocation(action)
+        indent = " " * (self._current_indent + 2)
+        return ("\n" + indent).join(textwrap.wrap(shown, self._width - len(indent), break_on_hyphens=False))

@@ -8,14 +8,13 @@ import argparse
 import difflib
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxserve import foreign_flags as foreign
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
-from jaxserve.flag_file import FlagError, file_arguments
+from jaxserve.flag_file import FlagError, Formatter, Parser, file_arguments
 from jaxserve.flag_values import at_least, port, positive, seconds, share
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
 from jaxserve.version import __version__
@@ -127,6 +126,18 @@ FLAGS: tuple[Flag, ...] = (
         "folder that /start_profile writes into (default: profiles in --cache-dir)",
     ),
     Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
+    Flag(
+        ("--quantization",),
+        "engine.quantization",
+        "matrices of the layers in 8 bits, one scale per output channel; auto: as the checkpoint is; none: --dtype",
+        foreign.quantization,
+    ),
+    Flag(
+        ("--kv-cache-dtype",),
+        "engine.kv_cache_dtype",
+        "of the KV cache, in 8 bits with one scale per token and head; auto: that of the activations",
+        foreign.kv_cache_dtype,
+    ),
     Flag(("--device",), "engine.device", "where to run", choices=("auto", "cpu", "gpu", "tpu")),
     Flag(
         ("--tp-size", "--tensor-parallel-size", "--tp"),
@@ -305,22 +316,6 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises FlagError instead of printing the whole usage before every error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise FlagError(message)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Several names of one flag are shown over several lines where they need them."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = super()._format_action_invocation(action)
-        indent = " " * (self._current_indent + 2)
-        return ("\n" + indent).join(textwrap.wrap(shown, self._width - len(indent), break_on_hyphens=False))
-
-
 def _dashed(argument: str) -> str:
     """--a_b=c_d -> --a-b=c_d."""
     if not argument.startswith("--"):
@@ -347,10 +342,10 @@ def _help(flag: Flag) -> str:
 
 def build_parser(epilog: str = "") -> argparse.ArgumentParser:
     """The parser of `jaxserve`. Every value it holds was asked for: nothing has a default here."""
-    parser = _Parser(
+    parser = Parser(
         prog="jaxserve",
         usage="jaxserve [COMMAND] [flags]",
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         description="Serves a model to OpenAI clients. No flag is needed; --a_b is read as --a-b.",
         epilog=epilog,
         argument_default=argparse.SUPPRESS,

@@ -63,8 +63,6 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "--nnodes": (_ONE, "one host is used"),
     "--node-rank": (("0",), "one host is used"),
     "--dist-init-addr": ((), "one host is used"),
-    "--kv-cache-dtype": (("auto",), "the KV cache has the dtype of the activations"),
-    "--quantization": (("none",), "weights are served in the dtype of --dtype"),
     "--cpu-offload-gb": (("0",), "weights stay on the device"),
     "--num-continuous-decode-steps": (_ONE, "one step is scheduled at a time"),
     "--speculative-algorithm": ((), "speculative decoding is not there"),
@@ -121,6 +119,32 @@ def tool_call_parser(text: str) -> str:
 def reasoning_parser(text: str) -> str:
     """A value of --reasoning-parser, by the name it has here."""
     return _REASONING_PARSERS.get(text, text)
+
+
+def quantization(text: str) -> str:
+    """A value of --quantization. vLLM names the checkpoint's format there; it is read from config.json."""
+    value = {"compressed-tensors": "auto"}.get(text.lower(), text.lower())
+    if value not in _QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not served; {', '.join(_QUANTIZATIONS)} are, and float8_e4m3 is the number of fp8"
+        )
+    return value
+
+
+def kv_cache_dtype(text: str) -> str:
+    """A value of --kv-cache-dtype, by the name it has here."""
+    value = {"bf16": "bfloat16", "fp8_e4m3": "fp8"}.get(text.lower(), text.lower())
+    if value not in _KV_CACHE_DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not served; {', '.join(_KV_CACHE_DTYPES)} are, and fp8 is float8_e4m3 with scales"
+        )
+    return value
+
+
+_QUANTIZATIONS = ("auto", "none", "int8", "fp8")
+_KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
+quantization.__name__ = ", ".join(f"`{value}`" for value in _QUANTIZATIONS)  # as argparse and docs/flags.md print it
+kv_cache_dtype.__name__ = ", ".join(f"`{value}`" for value in _KV_CACHE_DTYPES)
 
 
 def attention_backend(text: str) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tpu, xla
-from kernels_pallas.cache import KVCache
+from kernels_pallas.cache import KVCache, is_quantised
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
 Layer = int | jax.Array
@@ -60,6 +60,7 @@ def choose(
     *,
     num_kv_heads: int = 1,
     dtype: jnp.dtype = jnp.bfloat16,
+    activations: jnp.dtype | None = None,
     capability: str | None = None,
     num_multiprocessors: int | None = None,
 ) -> Attention:
@@ -67,15 +68,21 @@ def choose(
 
     "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. Every backend attends with the
     heads of one device: who shares heads out over several calls it on each. num_kv_heads: of one device; dtype: of the
-    cache; the rest: what gpu_facts says of a GPU. Raises ValueError where there is no such backend.
+    cache; activations: the dtype of q, k and v, None: dtype; the rest: what gpu_facts says of a GPU. Raises ValueError
+    where there is no such backend.
     """
     missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
+    if missing is None and dtype != (dtype if activations is None else activations):
+        given = f"{jnp.dtype(dtype).name}, and q {jnp.dtype(activations).name}"
+        missing = f"the TPU kernels need a cache of q's dtype; this is {given}"
+    elif missing is None and is_quantised(dtype):
+        missing = f"the TPU kernels need a float cache; this is {jnp.dtype(dtype).name}"
     if is_gpu := platform in ("gpu", "cuda", "rocm"):
         from kernels_pallas import gpu  # a second that other devices need not wait
 
         missing = gpu.why_not(capability, dtype)
     if wanted == "xla" or (wanted == "auto" and (missing or platform == "cpu")):
-        name = f"xla ({missing})" if wanted == "auto" and missing else "xla"
+        name = f"xla ({missing})" if wanted == "auto" and missing and platform != "cpu" else "xla"
         return Attention(name, xla.plan, xla.attend)
     if wanted not in ("auto", "pallas"):
         raise ValueError(f"no attention backend {wanted!r}; there are auto, pallas and xla")

@@ -5,20 +5,27 @@ head_dim <= 64: K and V of a head share a row of W = 128 lanes (K in the first h
 head_dim > 64: K and V have rows of their own, each of head_dim rounded up to 128 lanes, cut into rows of W = 128
 (R = 2 * K heads * ceil(head_dim / 128); row 2h holds K of head h when head_dim <= 128).
 Page 0 is scratch: padding reads it, nothing that matters is ever written there.
+
+Pages of int8 or float8_e4m3fn have ``scales [L, P, 2 * K, page_size]`` float32 beside them: of each token, K (2h) and V
+(2h + 1) of head h have the largest number of the dtype at their largest element. K and V never share a scale, though
+they may share lanes: K's numbers are several times V's, whose steps would be as many times too large.
 """
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 
 LANES = 128
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """pages [L, P, R, page_size, 128] and, for 8-bit pages, scales [L, P, R, page_size] (None otherwise)."""
+    """pages [L, P, R, page_size, 128] and, for 8-bit pages, scales [L, P, 2 * K, page_size] (None otherwise)."""
 
     pages: jax.Array
     scales: jax.Array | None = None
@@ -34,15 +41,38 @@ def rows_per_page(num_kv_heads: int, head_dim: int) -> int:
     return num_kv_heads if shares_lanes(head_dim) else 2 * num_kv_heads * -(-head_dim // LANES)
 
 
-def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    return num_layers * rows_per_page(num_kv_heads, head_dim) * LANES * itemsize
+def is_quantised(dtype: DTypeLike) -> bool:
+    """Whether pages of a dtype have scales."""
+    return str(jnp.dtype(dtype)) in _LARGEST
+
+
+def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    scales = 2 * num_kv_heads * jnp.dtype(jnp.float32).itemsize if is_quantised(dtype) else 0
+    return num_layers * (rows_per_page(num_kv_heads, head_dim) * LANES * jnp.dtype(dtype).itemsize + scales)
 
 
 def empty(
     num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: jnp.dtype
 ) -> KVCache:
     shape = (num_layers, num_pages, rows_per_page(num_kv_heads, head_dim), page_size, LANES)
-    return KVCache(jnp.zeros(shape, dtype))
+    scales = jnp.zeros((num_layers, num_pages, 2 * num_kv_heads, page_size)) if is_quantised(dtype) else None
+    return KVCache(jnp.zeros(shape, dtype), scales)
+
+
+def quantise(k: jax.Array, v: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """k, v [..., K, D] -> the same in an 8-bit dtype as rows [..., R, 128], and their scales [..., 2 * K]."""
+    both = jnp.stack([k, v], axis=-2).astype(jnp.float32)  # [..., K, 2, D]
+    scales = jnp.max(jnp.abs(both), axis=-1) / _LARGEST[str(jnp.dtype(dtype))]
+    scales = jnp.where(scales > 0, scales, 1)
+    scaled = both / scales[..., None]
+    small = (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype)
+    return pack(small[..., 0, :], small[..., 1, :]), scales.reshape(*scales.shape[:-2], -1)
+
+
+def split_scales(scales: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """scales with 2 * K along axis -> those of K and those of V."""
+    of_keys, of_values = (lax.slice_in_dim(scales, start, None, stride=2, axis=axis) for start in (0, 1))
+    return of_keys, of_values
 
 
 def pack(k: jax.Array, v: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def attend(
     interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
     """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA would copy the cache."""
-    pages = writes.write(cache.pages, layer, k, v, work.writes)
+    pages = writes.write(cache, layer, k, v, work.writes).pages
     num_decode = 0 if work.decode is None else work.decode.kv_lens.shape[0]
     options = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}
     outs = []

@@ -6,7 +6,7 @@ Slow, and the oracle of all others.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cache import KVCache, pack, unpack
+from kernels_pallas.cache import KVCache, pack, quantise, split_scales, unpack
 from kernels_pallas.kinds import FULL, LayerKind
 
 
@@ -14,8 +14,12 @@ def write(
     cache: KVCache, layer: int | jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, offsets: jax.Array
 ) -> KVCache:
     """Put k, v [N, K, D] of N tokens at (pages [N], offsets [N]); a page number >= P writes nothing."""
-    rows = pack(k, v).astype(cache.pages.dtype)
-    return KVCache(cache.pages.at[layer, pages, :, offsets].set(rows, mode="drop"), cache.scales)
+    if cache.scales is None:
+        rows, scales = pack(k, v).astype(cache.pages.dtype), None
+    else:
+        rows, new = quantise(k, v, cache.pages.dtype)
+        scales = cache.scales.at[layer, pages, :, offsets].set(new, mode="drop")
+    return KVCache(cache.pages.at[layer, pages, :, offsets].set(rows, mode="drop"), scales)
 
 
 def attend(
@@ -36,6 +40,10 @@ def attend(
     gathered = cache.pages[layer, page_table]  # [N, M, R, page_size, W]
     rows = jnp.moveaxis(gathered, 1, 2).reshape(num_tokens, gathered.shape[2], -1, gathered.shape[-1])
     k, v = unpack(rows, num_kv_heads, head_dim)  # [N, K, M * page_size, D]
+    if cache.scales is not None:
+        scales = jnp.moveaxis(cache.scales[layer, page_table], 1, 2).reshape(num_tokens, 2 * num_kv_heads, -1, 1)
+        of_k, of_v = split_scales(scales, axis=1)
+        k, v = k.astype(jnp.float32) * of_k, v.astype(jnp.float32) * of_v
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("nkgd,nktd->nkgt", grouped, k, preferred_element_type=jnp.float32)
     scores = kind.capped(scores * kind.scale_of(head_dim))

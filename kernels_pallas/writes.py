@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cache import pack
+from kernels_pallas.cache import KVCache, pack, quantise
 
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
@@ -60,16 +60,24 @@ def _plan_chunks(chunks: "PrefillChunks", page_size: int) -> ChunkWrites:
     return ChunkWrites(jnp.where(real[first], page, _NOWHERE), real)
 
 
-def write(pages: jax.Array, layer: int | jax.Array, k: jax.Array, v: jax.Array, writes: Writes) -> jax.Array:
-    """pages [L, P, R, page_size, 128], k and v [S + T, K, D] -> pages. What is behind a chunk in its last page becomes
-    0: who reads it there multiplies it by a weight of 0, and what it was may be NaN."""
-    new = pack(k, v).astype(pages.dtype)
+def write(cache: KVCache, layer: int | jax.Array, k: jax.Array, v: jax.Array, writes: Writes) -> KVCache:
+    """k and v [S + T, K, D] of a layer into the cache. What is behind a chunk in its last page becomes 0: who reads it
+    there multiplies it by a weight of 0, and what it was may be NaN."""
+    if cache.scales is None:
+        return KVCache(_put(cache.pages, layer, pack(k, v).astype(cache.pages.dtype), writes))
+    rows, scales = quantise(k, v, cache.pages.dtype)
+    return KVCache(_put(cache.pages, layer, rows, writes), _put(cache.scales, layer, scales, writes))
+
+
+def _put(held: jax.Array, layer: int | jax.Array, new: jax.Array, writes: Writes) -> jax.Array:
+    """held [L, P, R, page_size, ...], new [S + T, R, ...] -> held."""
     rows, chunks = writes
     if rows is not None:
         num_decode = rows.pages.shape[0]
-        pages = pages.at[layer, rows.pages, :, rows.offsets].set(new[:num_decode], mode="drop")
+        held = held.at[layer, rows.pages, :, rows.offsets].set(new[:num_decode], mode="drop")
         new = new[num_decode:]
     if chunks is not None:
-        new = jnp.where(chunks.real[:, None, None], new, 0).reshape(-1, pages.shape[3], *new.shape[1:])
-        pages = pages.at[layer, chunks.pages].set(jnp.swapaxes(new, 1, 2), mode="drop")
-    return pages
+        real = chunks.real.reshape(-1, *(1,) * (new.ndim - 1))
+        new = jnp.where(real, new, 0).reshape(-1, held.shape[3], *new.shape[1:])
+        held = held.at[layer, chunks.pages].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    return held

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import writes
-from kernels_pallas.cache import LANES, KVCache, shares_lanes
+from kernels_pallas.cache import LANES, KVCache, shares_lanes, split_scales
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def attend(
     """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache."""
     decode_plan, prefill_plan = work.decode, work.prefill
     num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
-    pages = writes.write(cache.pages, layer, k, v, work.writes)
+    cache = writes.write(cache, layer, k, v, work.writes)
     outs = []
     if decode_plan is not None:
-        outs.append(_decode(q[:num_decode], pages, k.shape[1], layer, decode_plan, work.kind))
+        outs.append(_decode(q[:num_decode], cache, k.shape[1], layer, decode_plan, work.kind))
     if prefill_plan is not None:
-        outs.append(_prefill(q[num_decode:], pages, k.shape[1], layer, prefill_plan, work.kind))
-    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)
+        outs.append(_prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
+    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
 
 
 def _plan_decode(rows: "DecodeRows", page_size: int, kind: LayerKind) -> DecodePlan:
@@ -124,7 +124,7 @@ def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> P
 
 
 def _decode(
-    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan, kind: LayerKind
+    q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, plan: DecodePlan, kind: LayerKind
 ) -> jax.Array:
     """q [S, H, D] against the rows' pages -> [S, H, D].
 
@@ -132,7 +132,7 @@ def _decode(
     kept: twice the arithmetic, half the time, since the halves need no copies of their own.
     """
     num_rows, num_heads, head_dim = q.shape
-    block = plan.item_pages.shape[1] * pages.shape[3]
+    block = plan.item_pages.shape[1] * cache.pages.shape[3]
     per_turn = max(num_rows, DECODE_TURN_ITEMS)
     shared = shares_lanes(head_dim)
     grouped = _padded(
@@ -149,7 +149,7 @@ def _decode(
         visible = behind > 0 if kind.window is None else (behind > 0) & (behind <= kind.window)
         keys, values = (
             jnp.where(visible[:, None, :, None], kv, 0)  # free inside the gather; an unwritten page may hold NaN
-            for kv in _gather(pages, layer, take(plan.item_pages), num_kv_heads, shared)
+            for kv in _gather(cache, layer, take(plan.item_pages), num_kv_heads, q)
         )
         scores = jnp.einsum("skgd,sknd->skgn", grouped[rows], keys, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], kind.capped(scores), _MASKED)
@@ -174,14 +174,14 @@ def _merge(carry: tuple[jax.Array, ...], items: tuple[jax.Array, ...], rows: jax
 
 
 def _prefill(
-    q: jax.Array, pages: jax.Array, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan, kind: LayerKind
+    q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan, kind: LayerKind
 ) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].
 
     All tokens meet all pages of the list, and a mask keeps rows apart: the list is short where rows are many.
     """
     num_tokens, num_heads, head_dim = q.shape
-    page_size = pages.shape[3]
+    page_size = cache.pages.shape[3]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
     grouped = jnp.moveaxis(_scaled(q, num_kv_heads, kind), 0, 2)  # [K, G, T, D]
 
@@ -195,9 +195,7 @@ def _prefill(
         visible = (row == plan.token_rows[:, None]) & (behind >= 0)  # [T, n]
         if kind.window is not None:
             visible &= behind < kind.window
-        keys, values = (
-            kv[0] for kv in _gather(pages, layer, take(plan.pages)[None], num_kv_heads, shares_lanes(head_dim))
-        )
+        keys, values = (kv[0] for kv in _gather(cache, layer, take(plan.pages)[None], num_kv_heads, q))
         if shares_lanes(head_dim):
             keys, values = keys[..., :head_dim], values[..., LANES // 2 : LANES // 2 + head_dim]
         else:
@@ -211,10 +209,12 @@ def _prefill(
 
 
 def _gather(
-    pages: jax.Array, layer: int | jax.Array, ids: jax.Array, num_kv_heads: int, shared: bool
+    cache: KVCache, layer: int | jax.Array, ids: jax.Array, num_kv_heads: int, q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """ids [S, n] of pages -> keys, values [S, K, n * page_size, W], rows of 128 lanes side by side; where K and V share
-    lanes both are the same array. Whole rows of a page, in the order wanted: they move at memory speed."""
+    lanes both are the same array. Whole rows of a page, in the order wanted: they move at memory speed. Rows of 8 bits
+    are widened to q's dtype."""
+    pages, shared = cache.pages, shares_lanes(q.shape[-1])
     num_layers, num_pages, page_rows, page_size, lanes = pages.shape
     flat = pages.reshape(num_layers * num_pages * page_rows, page_size * lanes)
     first = ((ids + layer * num_pages) * page_rows)[:, None, :, None]  # [S, 1, n, 1]
@@ -228,7 +228,18 @@ def _gather(
         return jnp.moveaxis(rows, 3, 4).reshape(*index.shape[:2], index.shape[2] * page_size, per_head * lanes)
 
     keys = take(0)
-    return keys, keys if shared else take(per_head)
+    values = keys if shared else take(per_head)
+    if cache.scales is None:
+        return keys.astype(q.dtype), values.astype(q.dtype)
+    flat_scales = cache.scales.reshape(num_layers * num_pages, *cache.scales.shape[2:])
+    scales = jnp.moveaxis(flat_scales[ids + layer * num_pages], 1, 2)  # [S, 2 * K, n, page_size]
+    of_keys, of_values = split_scales(scales.reshape(*scales.shape[:2], -1, 1), axis=1)
+    if shared:
+        of_both = jnp.where(jnp.arange(lanes) < LANES // 2, of_keys, of_values)
+        keys = (keys.astype(jnp.float32) * of_both).astype(q.dtype)
+        return keys, keys
+    wide = (keys.astype(jnp.float32) * of_keys, values.astype(jnp.float32) * of_values)
+    return wide[0].astype(q.dtype), wide[1].astype(q.dtype)
 
 
 def _scaled(q: jax.Array, num_kv_heads: int, kind: LayerKind) -> jax.Array:

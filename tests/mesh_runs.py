@@ -31,13 +31,15 @@ from jaxserve.types import Request, SamplingParams
 
 SIZES: dict[str, Any] = {"max_running": 4, "chunked_prefill_size": 16, "max_total_tokens": 4096, "device": "cpu"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Name -> model of tests/engines.py, ranks, devices of a rank.
+# Name -> model of tests/engines.py, with weights and cache in 8 bits where that is said, ranks, devices of a rank.
 RUNS = {
     f"{model} {dp}x{tp}": (model, dp, tp)
     for model, meshes in {
         "tied": ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2), (8, 1)),
         "grouped": ((1, 1), (1, 2), (1, 8)),
         "biased": ((1, 1), (1, 2), (1, 4)),
+        "tied-int8": ((1, 1), (1, 2), (2, 2)),
+        "grouped-fp8": ((1, 1), (1, 2), (1, 8)),
     }.items()
     for dp, tp in meshes
 }
@@ -100,7 +102,9 @@ def run_encoder(dp: int) -> dict[str, Any]:
 
 def run(name: str) -> dict[str, Any]:
     model, dp, tp = RUNS[name]
-    engine = build_engine(shared_folder(model), **SIZES, dp_size=dp, tp_size=tp)
+    model, _, small = model.partition("-")
+    options = {"quantization": small, "kv_cache_dtype": small} if small else {}
+    engine = build_engine(shared_folder(model), **SIZES, **options, dp_size=dp, tp_size=tp)
     programs = engine.runner._programs
     step = next(step for bucket, step in programs.steps.items() if not bucket.num_prefill)
     parts = {"begin": step.first, "layers": step.layers, "finish": step.sample}

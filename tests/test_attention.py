@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import gpu, reference, tpu
 from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
-from kernels_pallas.cache import KVCache, empty, pack, rows_per_page, unpack
+from kernels_pallas.cache import KVCache, empty, is_quantised, pack, quantise, rows_per_page, split_scales, unpack
 from kernels_pallas.kinds import LayerKind
 
 HAS_GPU_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
@@ -54,7 +54,12 @@ BACKENDS: dict[str, Attention] = {
 }
 
 NUM_LAYERS, LAYER = 3, 1
-TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # values reach 4; bfloat16 also rounds the weights
+TOLERANCE = {
+    "float32": 1e-5,
+    "bfloat16": 3e-2,
+    "int8": 1e-5,
+    "float8_e4m3fn": 1e-5,
+}  # values reach 4; bfloat16 also rounds the weights
 NUM_CHECKED = 48  # tokens of a step that are compared: the definition gathers a whole context for each
 
 
@@ -113,6 +118,12 @@ SHAPES = [
     if FULL or index == (row + column) % 3
 ]
 SHAPES += [Shape(64, 16, 9, 3, "mixed", "bfloat16"), Shape(128, 64, 4, 4, "mixed", "bfloat16")]
+SHAPES += [
+    Shape(head_dim, page_size, *GROUPS[head_dim], "mixed", dtype, kind)
+    for head_dim, page_size, kind in ((64, 16, "full"), (128, 8, "window"), (256, 16, "both"), (80, 64, "softcap"))
+    for dtype in ("int8", "float8_e4m3fn")
+    if FULL or dtype == "int8" or head_dim == 64
+]
 # Interpreted kernels take seconds to compile: a few shapes, each another way through them.
 TPU_SHAPES = [
     Shape(64, 16, 9, 3, "mixed"),  # K and V share lanes; blocks of 4 pages
@@ -120,7 +131,7 @@ TPU_SHAPES = [
     Shape(256, 16, 2, 1, "mixed", kind="both"),  # two rows for K and for V
 ]
 CASES = [("xla", shape) for shape in SHAPES]
-CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES)]
+CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES) if not is_quantised(shape.dtype)]
 CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed", kind="window"))]
 # An interpreted GPU block takes about a second: fewer heads, pages and tokens.
 GPU_SHAPES = [
@@ -221,6 +232,17 @@ def make_cache(rng: np.random.Generator, shape: Shape, case: Case) -> np.ndarray
     return pages
 
 
+def as_stored(shape: Shape, pages: np.ndarray) -> KVCache:
+    """The cache of make_cache in the shape's dtype; in 8 bits a place that nobody may read has a scale that is NaN."""
+    if not is_quantised(shape.dtype):
+        return KVCache(jnp.asarray(pages, shape.dtype))
+    k, v = unpack(jnp.asarray(pages), shape.num_kv_heads, shape.head_dim)  # [L, P, K, page_size, D]
+    k, v = (jnp.moveaxis(x, 3, 2) for x in (k, v))
+    rows, scales = quantise(jnp.nan_to_num(k), jnp.nan_to_num(v), jnp.dtype(shape.dtype))
+    scales = jnp.where(jnp.isnan(k[..., :1, 0]), jnp.nan, scales)
+    return KVCache(jnp.moveaxis(rows, 2, 3), jnp.moveaxis(scales, 2, 3))
+
+
 def arguments(shape: Shape, case: Case) -> tuple[DecodeRows | None, PrefillChunks | None]:
     num_decode = shape.num_decode
     rows = DecodeRows(case.page_table[:num_decode], case.kv_lens[:num_decode]) if num_decode else None
@@ -249,8 +271,8 @@ def oracle(q, k, v, cache, layer, pages, offsets, checked, table, positions, num
 
 def expect(
     shape: Shape, case: Case, kind: LayerKind, checked: np.ndarray, q, k, v, cache: KVCache
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the definition says: out [checked, H, D] and the pages afterwards; padding writes to a page past the end."""
+) -> tuple[np.ndarray, KVCache]:
+    """What the definition says: out [checked, H, D] and the cache afterwards; padding writes to a page past the end."""
     real = case.row_of >= 0
     table = case.page_table[np.where(real, case.row_of, 0)]
     page = np.take_along_axis(table, np.clip(case.positions // shape.page_size, 0, shape.max_pages - 1)[:, None], 1)
@@ -264,7 +286,7 @@ def expect(
         num_kv_heads=shape.num_kv_heads,
         kind=kind,
     )
-    return np.asarray(out, np.float32), np.asarray(written.pages, np.float32)
+    return np.asarray(out, np.float32), written
 
 
 def choose_checked(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -293,7 +315,7 @@ def rng() -> np.random.Generator:
 
 @pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
 def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng, capfd):
-    dtype, tolerance = jnp.dtype(shape.dtype), TOLERANCE[shape.dtype]
+    dtype, tolerance = jnp.dtype("float32" if is_quantised(shape.dtype) else shape.dtype), TOLERANCE[shape.dtype]
     kind = draw_kind(rng, shape)
     print(kind)
     for _ in range(2):
@@ -304,23 +326,67 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
         k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, shape.head_dim), np.float32)
         k[~real] = v[~real] = np.nan
         q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
-        cache = KVCache(jnp.asarray(make_cache(rng, shape, case), dtype))
+        cache = as_stored(shape, make_cache(rng, shape, case))
         run = compiled(backend, shape.page_size, kind)
         out, after = run(q, k, v, cache, jnp.int32(LAYER), *arguments(shape, case))
         checked = choose_checked(rng, case)
-        want, want_pages = expect(shape, case, kind, checked, q, k, v, cache)
-        out, pages = np.asarray(out, np.float32), np.asarray(after.pages, np.float32)
-        assert after.pages.dtype == dtype and out.shape == q.shape
+        want, wanted = expect(shape, case, kind, checked, q, k, v, cache)
+        out = np.asarray(out, np.float32)
+        assert after.pages.dtype == shape.dtype and out.shape == q.shape
         assert np.isfinite(out).all(), (
             f"rows {np.unique(case.row_of[~np.isfinite(out).all((1, 2))])} read a poisoned place"
         )
         np.testing.assert_allclose(out[checked], want, rtol=0, atol=tolerance)
-        kept = (
-            ~own_tails(shape, case)[None, :, None, :, None]
-            | (np.arange(NUM_LAYERS) != LAYER)[:, None, None, None, None]
-        )
-        np.testing.assert_array_equal(np.where(kept, pages, 0), np.where(kept, want_pages, 0))
+        kept = ~own_tails(shape, case)[None, :, None, :] | (np.arange(NUM_LAYERS) != LAYER)[:, None, None, None]
+        assert_equal_where(kept[..., None], after.pages, wanted.pages)
+        if is_quantised(shape.dtype):
+            assert_equal_where(kept, after.scales, wanted.scales)
     assert "RACE DETECTED" not in capfd.readouterr().out  # what Pallas's interpreter prints
+
+
+def assert_equal_where(kept: np.ndarray, found: jax.Array, wanted: jax.Array) -> None:
+    found, wanted = (np.where(kept, np.asarray(x, np.float32), 0) for x in (found, wanted))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(3, 64), (2, 80), (1, 128), (2, 256)])
+def test_8_bits_of_k_and_v_are_within_a_rounding_of_what_they_were(num_kv_heads, head_dim, dtype, rng):
+    """K a hundred times V, as in real models: V keeps its own steps. Zeros stay zeros."""
+    k, v = rng.standard_normal((2, 7, num_kv_heads, head_dim), np.float32) * rng.lognormal(0, 3, (2, 7, 1, 1))
+    k, v = (100 * k).astype(np.float32), v.astype(np.float32)
+    k[3], v[4] = 0, 0
+    rows, scales = quantise(jnp.asarray(k), jnp.asarray(v), jnp.dtype(dtype))
+    assert rows.dtype == dtype and scales.shape == (7, 2 * num_kv_heads)
+    small = unpack(jnp.swapaxes(rows, 0, 1).astype(jnp.float32), num_kv_heads, head_dim)
+    for x, stored, scale in zip((k, v), small, split_scales(scales, axis=1), strict=True):
+        got = np.swapaxes(np.asarray(stored), 0, 1) * np.asarray(scale)[..., None]
+        largest = np.abs(x).max(-1, keepdims=True)
+        allowed = largest / 254 if dtype == "int8" else np.maximum(np.abs(x) / 16, largest / 458752)
+        assert (np.abs(got - x) <= allowed * 1.0001).all()
+        assert (got[(x == 0).all(-1)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_reference_reads_8_bit_pages_as_the_floats_they_stand_for(head_dim, dtype, rng):
+    shape = Shape(head_dim, 8, *GROUPS[head_dim], "mixed", dtype)
+    case = make_case(rng, shape)
+    tokens, checked = len(case.positions), choose_checked(rng, case)
+    q = jnp.asarray(rng.standard_normal((tokens, shape.num_heads, head_dim), np.float32))
+    k, v = (jnp.asarray(x) for x in rng.standard_normal((2, tokens, shape.num_kv_heads, head_dim), np.float32))
+    pages = make_cache(rng, shape, case)
+    out, written = expect(shape, case, LayerKind(), checked, q, k, v, as_stored(shape, pages))
+    wide = unpack(written.pages.astype(jnp.float32), shape.num_kv_heads, head_dim)
+    assert written.scales is not None
+    wide = [x * scale[..., None] for x, scale in zip(wide, split_scales(written.scales, axis=2), strict=True)]
+    floats = jnp.moveaxis(pack(*(jnp.moveaxis(x, 3, 2) for x in wide)), 2, 3)
+    table = case.page_table[np.where(case.row_of >= 0, case.row_of, 0)]
+    positions = np.where(case.row_of >= 0, case.positions, -1)
+    want = reference.attend(q[checked], KVCache(floats), LAYER, table[checked], positions[checked], shape.num_kv_heads)
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    exact, _ = expect(shape, case, LayerKind(), checked, q, k, v, KVCache(jnp.asarray(pages)))
+    assert 1e-4 < np.abs(exact - out).max() < (0.1 if dtype == "int8" else 0.5), "quantised, and near"
 
 
 @pytest.mark.skipif(not HAS_GPU_INTERPRETER, reason="the GPU interpreter came with JAX 0.11")
@@ -345,8 +411,8 @@ def test_the_reference_is_softmax_attention_in_float64(head_dim, wanted, rng):
     q = rng.standard_normal((tokens, shape.num_heads, head_dim), np.float32)
     k, v = rng.standard_normal((2, tokens, shape.num_kv_heads, head_dim), np.float32)
     cache = KVCache(jnp.asarray(make_cache(rng, shape, case)))
-    out, pages = expect(shape, case, kind, checked, *map(jnp.asarray, (q, k, v)), cache)
-    keys, values = (np.asarray(x, np.float64) for x in unpack(jnp.asarray(pages[LAYER]), shape.num_kv_heads, head_dim))
+    out, written = expect(shape, case, kind, checked, *map(jnp.asarray, (q, k, v)), cache)
+    keys, values = (np.asarray(x, np.float64) for x in unpack(written.pages[LAYER], shape.num_kv_heads, head_dim))
     group = shape.num_heads // shape.num_kv_heads
     for index, token in enumerate(checked):
         position = case.positions[token]

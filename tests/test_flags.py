@@ -104,7 +104,9 @@ def test_a_wrong_file_is_an_error_that_names_the_flag_or_the_file(tmp_path, text
         ("--trust-remote-code", "never executes code"),
         ("--pp-size 2", "only 1"),
         ("--tensor_parallel_size=0", "at least 1"),
-        ("--quantization fp8", "not supported yet"),
+        ("--quantization awq", "auto, none, int8, fp8 are"),
+        ("--kv-cache-dtype fp8_e5m2", "auto, float32, bfloat16, int8, fp8 are"),
+        ("--cpu-offload-gb 4", "not supported yet"),
         ("--enable-lora", "not supported yet"),
         ("--port 70000", "70000"),
         ("--port x", "--port"),
@@ -122,8 +124,19 @@ def test_a_wrong_flag_says_what_to_change(line, words):
 
 
 def test_features_of_one_device_are_accepted_at_one():
-    line = "--pp-size 1 --nnodes 1 --node-rank 0 --kv-cache-dtype auto --cpu-offload-gb 0"
+    line = "--pp-size 1 --nnodes 1 --node-rank 0 --cpu-offload-gb 0"
     assert parse(line.split()).engine == {}
+
+
+def test_dtypes_of_8_bits_have_vllms_and_sglangs_names():
+    assert parse(["--quantization", "int8", "--kv-cache-dtype", "fp8_e4m3"]).engine == {
+        "quantization": "int8",
+        "kv_cache_dtype": "fp8",
+    }
+    assert parse(["--quantization", "compressed-tensors", "--kv_cache_dtype=BF16"]).engine == {
+        "quantization": "auto",
+        "kv_cache_dtype": "bfloat16",
+    }
 
 
 def test_flags_without_effect_warn_once_each():

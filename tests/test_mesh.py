@@ -18,7 +18,7 @@ from jaxserve.model.partition import Shares, merged
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all
-FEW = ("tied 1x1", "tied 1x2", "tied 1x8", "tied 2x2")
+FEW = ("tied 1x1", "tied 1x2", "tied 1x8", "tied 2x2", "tied-int8 1x1", "tied-int8 1x2")
 NAMES = tuple(RUNS) if FULL else FEW
 
 SMOLLM2 = ModelConfig(30, 576, 9, 3, 64, 1536, 49152, 8192, tie_embeddings=True)
@@ -54,10 +54,12 @@ def test_any_mesh_answers_as_one_device_does(name):
     one, many = runs()[f"{model} 1x1"], runs()[name]
     assert many["devices"] == dp * tp
     assert len(one["answers"]) == len(many["answers"]) > 10
+    # 8 bits: a number of the cache near a border may be rounded to its other side.
+    tolerance = 2e-2 if "-" in model else 1e-4
     for want, got in zip(one["answers"], many["answers"], strict=True):
         assert (got["tokens"], got["reason"]) == (want["tokens"], want["reason"])
         for part in ("logprobs", "prompt", "vector"):
-            np.testing.assert_allclose(got[part], want[part], atol=1e-4)
+            np.testing.assert_allclose(got[part], want[part], atol=tolerance)
     assert any(answer["vector"] for answer in one["answers"]) and any(answer["prompt"] for answer in one["answers"])
 
 
@@ -78,7 +80,7 @@ def test_an_encoder_shares_its_texts_out_over_ranks():
 
 
 def test_a_device_holds_its_share_of_the_cache():
-    heads = {name: found["pages"][2] for name, found in runs().items() if name in FEW}
+    heads = {name: found["pages"][2] for name, found in runs().items() if name in FEW[:4]}
     assert heads == {"tied 1x1": 3, "tied 1x2": 2, "tied 1x8": 1, "tied 2x2": 2}
     assert runs()["tied 2x2"]["pages"][1] < 0.6 * runs()["tied 1x2"]["pages"][1], "each rank has half of the pages"
 

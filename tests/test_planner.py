@@ -67,6 +67,19 @@ def test_weights_are_those_of_the_sharding_table():
         assert memory.weights == 2 * (LLAMA_8B_MATRICES // devices + LLAMA_8B_NORMS)
 
 
+def test_8_bits_fit_what_floats_do_not():
+    """Llama 3.1 8B on 16 GB: 7 GB of matrices, 2 GB of embedding and head, and a cache of half the bytes a token."""
+    assert not arithmetic("Llama-3.1-8B", "v5e:1x1").fits
+    plan = arithmetic("Llama-3.1-8B", "v5e:1x1", engine={"quantization": "int8"})
+    small = arithmetic("Llama-3.1-8B", "v5e:1x1", engine={"quantization": "int8", "kv_cache_dtype": "int8"})
+    assert plan.fits and plan.memory is not None and 8.4 < plan.memory.weights / GIB < 8.6
+    assert small.kv_tokens is not None and plan.kv_tokens is not None
+    assert 1.75 < small.kv_tokens / plan.kv_tokens < 2
+    assert plan.alone is not None and small.alone is not None and small.alone.step_seconds < plan.alone.step_seconds
+    with pytest.raises(ConfigError, match="--quantization fp8: the checkpoint is int8 already"):
+        read_model("Llama-3.1-8B")[1].quantized("int8").quantized("fp8")
+
+
 def test_room_for_users_is_the_pool_in_whole_pages():
     """A token of Llama 3.1 8B is 32 layers x 8 heads x (K and V) x 128 x 2 bytes: 128 KiB, 16 KiB on each of 8."""
     plan = arithmetic("Llama-3.1-8B", "v6e:2x4", context=1000)

@@ -25,7 +25,7 @@ def test_the_cpu_has_a_fixed_pool_that_holds_the_whole_context_of_the_default_mo
     chosen = sizes(SMOLLM2, CPU)
     assert chosen.dtype == "float32"
     assert (chosen.scheduler.max_model_len, chosen.scheduler.page_size, chosen.scheduler.max_running) == (8192, 16, 16)
-    pool = chosen.scheduler.num_pages * 16 * bytes_per_token(30, 3, 64, 4)
+    pool = chosen.scheduler.num_pages * 16 * bytes_per_token(30, 3, 64, "float32")
     assert 0.9 * GIB < pool <= 1.2 * GIB
     assert chosen.notes == ()
     assert not chosen.scheduler.mixed
@@ -34,7 +34,7 @@ def test_the_cpu_has_a_fixed_pool_that_holds_the_whole_context_of_the_default_mo
 def test_a_context_that_the_cpu_pool_cannot_hold_is_cut_with_a_note_that_names_the_flags():
     chosen = sizes(LLAMA_8B, CPU)
     assert chosen.scheduler.max_model_len == (chosen.scheduler.num_pages - 1) * 16 < 131072
-    assert chosen.scheduler.num_pages * 16 * bytes_per_token(32, 8, 128, 4) <= 4 * GIB
+    assert chosen.scheduler.num_pages * 16 * bytes_per_token(32, 8, 128, "float32") <= 4 * GIB
     (note,) = chosen.notes
     assert "context cut from 131072 to" in note and "--max-total-tokens" in note and "--max-model-len" in note
 
@@ -45,7 +45,7 @@ def test_an_accelerators_pool_is_what_its_total_memory_leaves(device):
     assert chosen.dtype == "bfloat16"
     assert chosen.scheduler.mixed
     assert chosen.scheduler.page_size == {"gpu": 64, "tpu": 128}[device.platform]
-    page = chosen.scheduler.page_size * bytes_per_token(30, 3, 64, 2)
+    page = chosen.scheduler.page_size * bytes_per_token(30, 3, 64, "bfloat16")
     used = weight_bytes(SMOLLM2, "bfloat16") + chosen.scheduler.num_pages * page
     assert device.memory is not None
     assert 0.75 * device.memory < used + 1.2 * GIB <= 0.88 * device.memory + GIB / 4

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,18 +287,25 @@ def inverse_frequencies(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def numpy_forward(
-    folder: str | os.PathLike[str], token_ids: Sequence[int], weights: Mapping[str, np.ndarray] | None = None
+    folder: str | os.PathLike[str],
+    token_ids: Sequence[int],
+    weights: Mapping[str, np.ndarray] | None = None,
+    round_kv: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """token_ids [T] -> logits [T, V] in float64, one position after another's keys in plain numpy.
 
-    weights replaces the folder's safetensors (Hugging Face names), say by dequantised ones.
+    weights replaces the folder's safetensors (Hugging Face names), say by dequantised ones. round_kv: what a cache
+    makes of k and of v [T, K, D].
     """
-    hidden, head = numpy_hidden(folder, token_ids, weights)
+    hidden, head = numpy_hidden(folder, token_ids, weights, round_kv)
     return hidden @ head.T
 
 
 def numpy_hidden(
-    folder: str | os.PathLike[str], token_ids: Sequence[int], weights: Mapping[str, np.ndarray] | None = None
+    folder: str | os.PathLike[str],
+    token_ids: Sequence[int],
+    weights: Mapping[str, np.ndarray] | None = None,
+    round_kv: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """token_ids [T] -> hidden states after the final norm [T, E] and the head [V, E], as numpy_forward."""
     config = json.loads((Path(folder) / "config.json").read_text())
@@ -313,7 +320,7 @@ def numpy_hidden(
             for name, values in params.items()
             if name.startswith(f"model.layers.{layer}.")
         }
-        x = x + _attention(_norm(x, part["input_layernorm.weight"], config), part, angles, config)
+        x = x + _attention(_norm(x, part["input_layernorm.weight"], config), part, angles, config, round_kv)
         hidden = _norm(x, part["post_attention_layernorm.weight"], config)
         gate = _linear(hidden, part, "mlp.gate_proj")
         x = x + _linear(gate / (1 + np.exp(-gate)) * _linear(hidden, part, "mlp.up_proj"), part, "mlp.down_proj")
@@ -338,12 +345,17 @@ def _rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
 
 
 def _attention(
-    x: np.ndarray, part: Mapping[str, np.ndarray], angles: np.ndarray, config: Mapping[str, Any]
+    x: np.ndarray,
+    part: Mapping[str, np.ndarray],
+    angles: np.ndarray,
+    config: Mapping[str, Any],
+    round_kv: Callable[[np.ndarray], np.ndarray] | None,
 ) -> np.ndarray:
     num_tokens, head_dim = len(x), config["head_dim"]
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     q, k, v = (_linear(x, part, f"self_attn.{n}_proj").reshape(num_tokens, -1, head_dim) for n in "qkv")
     q, k = _rotate(q, angles), _rotate(k, angles)
+    k, v = (k, v) if round_kv is None else (round_kv(k), round_kv(v))
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(head_dim)
     scores = np.where(np.tril(np.ones((num_tokens, num_tokens), bool)), scores, -np.inf)

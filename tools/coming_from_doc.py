@@ -71,7 +71,7 @@ LLAMA_CPP: tuple[tuple[str, str | None, str], ...] = (
     ("-ngl, --n-gpu-layers", None, "all layers are on the device; the model must fit"),
     ("-t, --threads", None, "XLA takes the cores it may use; limit them with `taskset` or the container"),
     ("-fa, --flash-attn", None, "attention never holds a whole matrix of scores; see `--attention-backend`"),
-    ("-ctk, -ctv", None, "the cache has the dtype of the activations; see `--kv-cache-dtype` above"),
+    ("-ctk, -ctv", None, "`--kv-cache-dtype`, of K and V together: `int8` for `q8_0`, `bfloat16`, `fp8`"),
     ("-cb, --cont-batching", None, "always"),
     ("--cache-prompt, --cache-reuse", None, "always, for all requests together: [scheduling.md](scheduling.md)"),
     ("--slots, --slot-save-path", None, "there are no slots to address; a prefix is found by its tokens"),

@@ -77,7 +77,7 @@ def draw(
         chunk_size=sizes.scheduler.chunk_size,
         period=period_of(model, device.platform),
     )
-    return Blueprint(sizes, shape, ModelRunner(shape, sizes.scheduler, mesh, dtype), parameters)
+    return Blueprint(sizes, shape, ModelRunner(shape, sizes.scheduler, mesh, jnp.dtype(sizes.kv_dtype)), parameters)
 
 
 def build(config: EngineConfig, report: Report) -> Engine:
@@ -124,7 +124,8 @@ def _attention(config: EngineConfig, device: DeviceFacts, model: ModelConfig, si
             device.platform,
             config.attention_backend,
             num_kv_heads=Shares.of(model, sizes.tp).num_kv_heads,
-            dtype=jnp.dtype(sizes.dtype),
+            dtype=jnp.dtype(sizes.kv_dtype),
+            activations=jnp.dtype(sizes.dtype),
             capability=device.capability,
             num_multiprocessors=device.num_multiprocessors,
         )

@@ -148,6 +148,7 @@ class Encoder:
 
 def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) -> Encoder:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
+    _refuse_quantization(config)
     counter = CompileCounter()
     programs = program_folder(config)
     devices = _devices(config)
@@ -168,6 +169,13 @@ def build_encoder(config: EngineConfig, model: EncoderConfig, report: Report) ->
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Encoder(runner, buckets, max_len, dtype, counter, platform, devices[0].device_kind, _notes(config), ranks)
+
+
+def _refuse_quantization(config: EngineConfig) -> None:
+    if config.quantization not in ("auto", "none"):
+        raise ConfigError(f"--quantization {config.quantization}: encoders are served in --dtype; leave the flag out")
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: an encoder has no KV cache; leave the flag out")
 
 
 def _devices(config: EngineConfig) -> list[jax.Device]:

@@ -62,11 +62,11 @@ class Handle:
 class ModelRunner:
     """Built in three acts, because loading and compiling run side by side: construct, compile(), load(params)."""
 
-    def __init__(self, shape: StepShape, sizes: SchedulerConfig, mesh: Mesh | AbstractMesh, dtype: jnp.dtype):
+    def __init__(self, shape: StepShape, sizes: SchedulerConfig, mesh: Mesh | AbstractMesh, kv_dtype: jnp.dtype):
         self._shape = shape
         self._sizes = sizes
         self._spread = Spread(mesh)
-        self._dtype = dtype
+        self._kv_dtype = kv_dtype
         self._programs: Programs
         self._params: Params
         self._state: DeviceState
@@ -201,7 +201,7 @@ class ModelRunner:
 
         def one_rank() -> DeviceState:
             return DeviceState(
-                cache=kv_cache.empty(config.num_layers, sizes.num_pages, *heads, sizes.page_size, self._dtype),
+                cache=kv_cache.empty(config.num_layers, sizes.num_pages, *heads, sizes.page_size, self._kv_dtype),
                 last_token=jnp.zeros(sizes.max_running + 1, jnp.int32),
                 sampling=sampling.init_state(sizes.max_running, config.vocab_size, MAX_STOP_TOKENS),
             )

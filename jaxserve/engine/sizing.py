@@ -22,7 +22,8 @@ _POOL_GRAIN = 64  # pages; P is a static shape, and a pool one page off would mi
 class Sizes:
     """What the engine is built with: dp ranks of tp devices. notes: choices a person should know of, for the log."""
 
-    dtype: str
+    dtype: str  # of weights and activations
+    kv_dtype: str
     scheduler: SchedulerConfig  # of one rank
     notes: tuple[str, ...]
     dp: int = 1
@@ -46,12 +47,22 @@ def choose_dtype(config: EngineConfig, platform: str) -> str:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
+def choose_kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """dtype: of the activations."""
+    return {"auto": dtype, "fp8": "float8_e4m3fn"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+
+
 def weight_bytes(model: ModelConfig, dtype: str, tp: int = 1) -> int:
     """Bytes of the parameters on each of tp devices, an untied head counted once more where the embedding is tied."""
     shares = Shares.of(model, tp)
-    attention = model.embed_dim * model.head_dim * (2 * shares.num_heads + 2 * shares.num_kv_heads)
-    layer = attention + 3 * model.embed_dim * shares.mlp_dim + 2 * model.embed_dim
-    return ITEMSIZE[dtype] * (model.num_layers * layer + 2 * shares.vocab_size * model.embed_dim + model.embed_dim)
+    heads, kv_heads = shares.num_heads * model.head_dim, shares.num_kv_heads * model.head_dim
+    matrices = model.embed_dim * (2 * heads + 2 * kv_heads + 3 * shares.mlp_dim)
+    norms = (2 * model.num_layers + 1) * model.embed_dim
+    floats = ITEMSIZE[dtype] * (2 * shares.vocab_size * model.embed_dim + norms)
+    if model.quantization is None:
+        return floats + ITEMSIZE[dtype] * model.num_layers * matrices
+    outputs = heads + 2 * kv_heads + 2 * shares.mlp_dim + 2 * model.embed_dim  # each has a float32 scale
+    return floats + model.num_layers * (matrices + 4 * outputs)
 
 
 def choose_mesh(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> tuple[int, int]:
@@ -87,12 +98,13 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
     """Raises ConfigError naming the flag when what was asked for does not fit."""
     notes: list[str] = []
     dtype = choose_dtype(config, device.platform)
+    kv_dtype = choose_kv_dtype(config, dtype)
     page_size = config.page_size or default_page_size(device.platform)
     dp, tp = choose_mesh(model, config, device)
     # Rows and tokens that a person asks for are those of all ranks together.
     max_running = -(-(config.max_running or (16 if device.platform == "cpu" else 256) * dp) // dp)
     kv_heads = Shares.of(model, tp).num_kv_heads
-    token_bytes = bytes_per_token(model.num_layers, kv_heads, model.head_dim, ITEMSIZE[dtype])
+    token_bytes = bytes_per_token(model.num_layers, kv_heads, model.head_dim, kv_dtype)
     wanted = config.max_model_len or model.max_position
     if config.max_model_len and config.max_model_len > model.max_position:
         raise ConfigError(
@@ -131,7 +143,7 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
         batch_linger=config.batch_linger,
         pooling=model.pooling,
     )
-    return Sizes(dtype, scheduler, tuple(notes), dp, tp)
+    return Sizes(dtype, kv_dtype, scheduler, tuple(notes), dp, tp)
 
 
 def _each(dp: int) -> str:

@@ -1,8 +1,9 @@
 """Which files hold the weights, and how they become the model's flat leaves."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,12 +11,23 @@ import jax
 
 from checkpoints import bert, llama
 from checkpoints.convert import OrbaxSource, convert, open_source
-from checkpoints.files import SafetensorsSource, TensorSource
+from checkpoints.files import CheckpointError, SafetensorsSource, TensorSource
 from checkpoints.gguf import GGUFSource
 from checkpoints.load import DummySource, Part, Target, load
-from jaxserve.config import ENCODERS, ConfigError, EncoderConfig, EngineConfig, ModelConfig, pooling_of
+from checkpoints.quant import FORMATS, SCALE, QuantisedSource, WideSource
+from jaxserve.config import (
+    ENCODERS,
+    ConfigError,
+    EncoderConfig,
+    EngineConfig,
+    ModelConfig,
+    pooling_of,
+    stored_quantization,
+)
 from jaxserve.model.sharding import Parameter, Params
 from jaxserve.model.stacked import Stacks
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, message
 _POOLING = "1_Pooling"  # sentence-transformers' folder beside the model
@@ -33,7 +45,7 @@ def read_model_config(config: EngineConfig, overrides: Mapping[str, Any] | None 
         )
     except KeyError as error:
         raise ConfigError(f"{path} lacks {error}") from error
-    return replace(model, pooling=_decoder_pooling(config.model_path))
+    return replace(model.quantized(config.quantization), pooling=_decoder_pooling(config.model_path))
 
 
 def _decoder_pooling(folder: str) -> Literal["last", "mean"]:
@@ -83,7 +95,7 @@ def load_params(
     default model once."""
     parameters = jax.tree.leaves(description)
     shapes = {name: shape for p in parameters for name, shape in p.tensors.items()}
-    source = _open(config, shapes, report)
+    source = _in_format(_open(config, shapes, report), config, model, shapes)
     stored_name = bert.stored_name if isinstance(model, EncoderConfig) else llama.stored_name
     names = {name: stored_name(name, source.tensors) for name in shapes}
     targets = {p.path: _target(p, names) for p in parameters}
@@ -95,6 +107,34 @@ def load_params(
     return stacks.params(load(source, targets, progress=progress, take=stacks.take))
 
 
+def _in_format(
+    source: TensorSource, config: EngineConfig, model: ModelConfig | EncoderConfig, names: Collection[str]
+) -> TensorSource:
+    """The source with its matrices as the model has them: those of which names has the scales in 8 bits, others in
+    floats. Raises CheckpointError where a quantised checkpoint leaves some out and nobody asked for those."""
+    if isinstance(model, EncoderConfig):
+        return source
+    stored = stored_quantization(_read_json(os.path.join(config.model_path, "config.json")))
+    wide = WideSource(source, None if stored is None else stored.block)
+    if model.quantization is None:
+        return source if stored is None else wide
+    matrices = [llama.stored_name(name.removesuffix(SCALE), source.tensors) for name in names if name.endswith(SCALE)]
+    made = QuantisedSource(wide, FORMATS[model.quantization], matrices)
+    if stored is not None and made.quantised and config.quantization == "auto" and stored.block is None:
+        raise CheckpointError(
+            f"{wide.path}: {len(made.quantised)} of {len(matrices)} matrices, as {made.quantised[0]!r}, are not "
+            f"{model.quantization} with a scale; --quantization {model.quantization} quantises these too, none widens "
+            "all"
+        )
+    logger.info(
+        "weights: %d matrices in %s, of which %d are quantised now",
+        len(matrices),
+        model.quantization,
+        len(made.quantised),
+    )
+    return made
+
+
 def _target(p: Parameter, names: Mapping[str, str]) -> Target:
     """names: Hugging Face's -> as stored."""
     parts = tuple(Part(None if rows.tensor is None else names[rows.tensor], rows.start, rows.count) for rows in p.rows)
@@ -104,7 +144,8 @@ def _target(p: Parameter, names: Mapping[str, str]) -> Target:
 
 def _open(config: EngineConfig, shapes: Mapping[str, tuple[int, ...]], report: Report) -> TensorSource:
     if config.load_format == "dummy":
-        return DummySource(shapes, config.random_seed)
+        floats = {name: shape for name, shape in shapes.items() if not name.endswith(SCALE)}
+        return DummySource(floats, config.random_seed)
     if config.orbax_path and config.gguf_path and config.load_format in ("auto", "orbax"):
         if not os.path.isdir(config.orbax_path):
             convert(

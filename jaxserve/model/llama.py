@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxserve.config import ModelConfig, RopeScaling
+from jaxserve.config import ModelConfig, Quantization, RopeScaling
+from jaxserve.model import quant
 from jaxserve.model.partition import Shares
 
 # (q [T, H, D], k [T, K, D], v [T, K, D], cache, layer) -> (out [T, H, D], cache)
@@ -44,6 +45,7 @@ class Layout:
 class Linear(nnx.Module):
     """x [T, in] -> [T, out], or [in, T] -> [out, T] where activations are feature-major.
 
+    quantization: the kernel has 8 bits an element, and kernel_scale [out] belongs to it (model.quant).
     adds_up: each device holds a part of the inputs, and the outputs are the sum over all of them.
     """
 
@@ -55,22 +57,26 @@ class Linear(nnx.Module):
         bias: bool,
         dtype: jnp.dtype,
         layout: Layout,
+        quantization: Quantization | None = None,
         out_in: bool = False,
         adds_up: bool = False,
     ):
         self.adds_up = adds_up
         self.feature_major = layout.feature_major
         self.out_in = layout.feature_major or (layout.out_in and out_in)
-        self.kernel = nnx.Param(jnp.zeros((outputs, inputs) if self.out_in else (inputs, outputs), dtype))
+        shape = (outputs, inputs) if self.out_in else (inputs, outputs)
+        self.kernel = nnx.Param(jnp.zeros(shape, dtype if quantization is None else quant.DTYPES[quantization]))
+        self.kernel_scale = None if quantization is None else nnx.Param(jnp.ones(outputs, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
         bias = None if self.bias is None else self.bias[...]
         if self.feature_major:
-            out = self._sum(jnp.einsum("oi,it->ot", kernel, x))
+            out = self._sum(quant.product("oi,it->ot", kernel, x, scale))
             return out if bias is None else out + bias[:, None]
-        out = self._sum(jnp.einsum("ti,oi->to" if self.out_in else "ti,io->to", x, kernel))
+        out = self._sum(quant.product("ti,oi->to" if self.out_in else "ti,io->to", x, kernel, scale))
         return out if bias is None else out + bias
 
     def _sum(self, out: jax.Array) -> jax.Array:
@@ -113,7 +119,7 @@ class Attention(nnx.Module):
         heads, kv_heads = shares.num_heads * config.head_dim, shares.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.feature_major = layout.feature_major
-        options: dict[str, Any] = {"dtype": dtype, "layout": layout}
+        options: dict[str, Any] = {"dtype": dtype, "layout": layout, "quantization": config.quantization}
         widths = (heads, kv_heads, kv_heads)
         self.qkv = Joint(config.embed_dim, widths, out_in=True, bias=config.attention_bias, **options)
         norm = (config.head_dim, config.norm_eps, dtype, Layout())
@@ -138,6 +144,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "layout": layout}
+        options["quantization"] = config.quantization
         self.gate_up = Joint(config.embed_dim, (shares.mlp_dim, shares.mlp_dim), **options)
         self.down = Linear(shares.mlp_dim, config.embed_dim, adds_up=shares.tp > 1, **options)
 

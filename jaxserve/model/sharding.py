@@ -43,17 +43,23 @@ TABLE: Table = {
     "embed.kernel": tensors("model.embed_tokens", ".weight", {"": "vocab embed"}),
     "layers.{}.attn_norm.scale": tensors(_LAYER, ".weight", {"input_layernorm": "embed"}),
     "layers.{}.attn.qkv.kernel": tensors(_LAYER + "self_attn.", "_proj.weight", _QKV),
+    "layers.{}.attn.qkv.kernel_scale": tensors(
+        _LAYER + "self_attn.", "_proj.weight_scale", {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+    ),
     "layers.{}.attn.qkv.bias": tensors(
         _LAYER + "self_attn.", "_proj.bias", {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
     ),
     "layers.{}.attn.q_norm.scale": tensors(_LAYER, ".weight", {"self_attn.q_norm": "head_dim"}),
     "layers.{}.attn.k_norm.scale": tensors(_LAYER, ".weight", {"self_attn.k_norm": "head_dim"}),
     "layers.{}.attn.o.kernel": tensors(_LAYER, ".weight", {"self_attn.o_proj": "embed heads"}),
+    "layers.{}.attn.o.kernel_scale": tensors(_LAYER, ".weight_scale", {"self_attn.o_proj": "embed"}),
     "layers.{}.attn.o.bias": tensors(_LAYER, ".bias", {"self_attn.o_proj": "embed"}),
     "layers.{}.mlp_norm.scale": tensors(_LAYER, ".weight", {"post_attention_layernorm": "embed"}),
     "layers.{}.mlp.gate_up.kernel": tensors(_LAYER + "mlp.", "_proj.weight", {"gate": "mlp embed", "up": "mlp embed"}),
+    "layers.{}.mlp.gate_up.kernel_scale": tensors(_LAYER + "mlp.", "_proj.weight_scale", {"gate": "mlp", "up": "mlp"}),
     "layers.{}.mlp.gate_up.bias": tensors(_LAYER + "mlp.", "_proj.bias", {"gate": "mlp", "up": "mlp"}),
     "layers.{}.mlp.down.kernel": tensors(_LAYER, ".weight", {"mlp.down_proj": "embed mlp"}),
+    "layers.{}.mlp.down.kernel_scale": tensors(_LAYER, ".weight_scale", {"mlp.down_proj": "embed"}),
     "layers.{}.mlp.down.bias": tensors(_LAYER, ".bias", {"mlp.down_proj": "embed"}),
     "head.norm.scale": tensors("model.norm", ".weight", {"": "embed"}),
     "head.out.kernel": tensors("lm_head", ".weight", {"": "vocab embed"}),

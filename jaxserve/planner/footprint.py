@@ -77,8 +77,7 @@ def footprint(blueprint: Blueprint) -> Footprint:
     (embed,) = params.embed
     head = [leaf for leaf in params.head if len(leaf.shape) > 1] if has_head else [embed]
     mesh = embed.sharding.mesh.shape
-    pages = state.cache.pages
-    kv = _bytes([pages])
+    pages, kv = state.cache.pages, _bytes(jax.tree.leaves(state.cache))
     page_tokens = pages.sharding.shard_shape(pages.shape)[1] * pages.shape[3]
     return Footprint(
         weights=weights,

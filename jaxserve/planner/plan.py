@@ -147,6 +147,7 @@ def compare(
 
 def ask(model: str, *, context: int | None, users: int | None, engine: Mapping[str, Any] | None) -> Question:
     name, config = read_model(model)
+    config = config.quantized((engine or {}).get("quantization", "auto"))
     if context is not None and context > config.max_position:
         raise ConfigError(f"--context {context} is more than the model's {config.max_position} positions")
     return Question(name, config, engine or {}, context or min(8192, config.max_position), users)
