@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def load(
         order = sorted(targets, key=lambda key: -sizes[key])
         futures = {pool.submit(_array, source, targets[key], room): key for key in order}
         try:
-            for future in as_completed(futures):
+            for future in as_completed(futures) if jax.process_count() == 1 else _in_order(futures):
                 key = futures.pop(future)  # which would hold the array
                 arrays[key] = take(key, future.result())
                 done += sizes[key]
@@ -99,6 +99,13 @@ def load(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {key: arrays[key] for key in targets}
+
+
+def _in_order(futures: Mapping[Any, str]) -> Iterator[Any]:
+    """For several processes: take() may run programs of all of their devices, which each process must run in one order.
+    The caller takes each out of futures."""
+    while futures:
+        yield next(iter(futures))
 
 
 def _check(source: TensorSource, key: str, target: Target, where: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxserve.cluster_flags import refuse_several
 from jaxserve.flags import FlagError, Options
 from jaxserve.flags import parse as parse_flags
 
@@ -48,7 +49,9 @@ def parse(argv: Sequence[str]) -> Job:
         help=f"{', '.join(ENDPOINTS)} (default: what the first line names)",
     )
     given, rest = parser.parse_known_args(list(argv))
-    return Job(given.input_file, given.output_file, given.error_file, given.endpoint, parse_flags(rest))
+    options = parse_flags(rest)
+    refuse_several(options.cluster, "it works on one machine; serve with --nnodes, and send it to /v1/batches")
+    return Job(given.input_file, given.output_file, given.error_file, given.endpoint, options)
 
 
 def parse_or_exit(argv: Sequence[str]) -> Job:

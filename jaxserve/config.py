@@ -1,7 +1,7 @@
 """Frozen configuration values. Nothing here reads the environment; files are read by whoever hands the dict in."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -363,6 +363,18 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Cluster:
+    """Several machines that serve one model, and which of them this one is."""
+
+    num_nodes: int
+    rank: int  # 0: the one with the front end and the scheduler
+    host: str  # of rank 0, as the others reach it
+    port: int  # of JAX's coordinator there; plans come from port + 1
+    secret: bytes = field(repr=False)  # that all of them know; empty: nothing leaves this machine
+    join_timeout: float = 600.0  # seconds until all of them must be there
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process is told. None means: chosen from the model and the device, and said in the log."""
 
@@ -400,6 +412,7 @@ class EngineConfig:
     max_batch_prefill_tokens: int | None = None  # prompt tokens of batch work in a step, at such times
     batch_linger: float = 2.0  # seconds after the last interactive request that still count as such times
     log_level: str = "info"
+    cluster: Cluster | None = None  # None: one machine
 
 
 @dataclass(frozen=True, slots=True)

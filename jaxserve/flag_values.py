@@ -1,7 +1,22 @@
-"""What the text of a flag may be: text -> value, or an error that says what is allowed."""
+"""What a flag is, and what its text may be: text -> value, or an error that says what is allowed."""
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """names: the first is the one that --help leads with. target: "launch", "engine" or "server", a dot, a field."""
+
+    names: tuple[str, ...]
+    target: str
+    help: str
+    parse: Callable[[str], Any] = str  # bool: a switch
+    choices: tuple[Any, ...] | None = None
+    several: bool = False
+    inverted: bool = False  # a switch that sets its target to False
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -8,14 +8,15 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jaxserve import foreign_flags as foreign
+from jaxserve.cluster_flags import CLUSTER_FLAGS, options_of
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from jaxserve.flag_file import FlagError, Formatter, Parser, file_arguments
-from jaxserve.flag_values import at_least, port, positive, seconds, share
+from jaxserve.flag_values import Flag, at_least, port, positive, seconds, share
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES, REMOTE_CODE
 from jaxserve.version import __version__
 
@@ -32,19 +33,7 @@ class Options:
     engine: Mapping[str, Any]
     server: ServerConfig
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """names: the first is the one that --help leads with. target: "launch", "engine" or "server", a dot, a field."""
-
-    names: tuple[str, ...]
-    target: str
-    help: str
-    parse: Callable[[str], Any] = str  # bool: a switch
-    choices: tuple[Any, ...] | None = None
-    several: bool = False
-    inverted: bool = False  # a switch that sets its target to False
+    cluster: Mapping[str, Any] = field(default_factory=dict)  # what jaxserve.cluster.find_cluster is given
 
 
 FLAGS: tuple[Flag, ...] = (
@@ -152,6 +141,7 @@ FLAGS: tuple[Flag, ...] = (
         "(default: 1, or what uses all devices without holding a KV head twice)",
         positive,
     ),
+    *CLUSTER_FLAGS,
     Flag(
         ("--attention-backend",),
         "engine.attention_backend",
@@ -417,6 +407,7 @@ def parse(argv: Sequence[str], epilog: str = "") -> Options:
         engine=values["engine"],
         server=ServerConfig(**values["server"]),
         warnings=warnings,
+        cluster=options_of(launch),
     )
 
 

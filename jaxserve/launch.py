@@ -1,7 +1,8 @@
 """The front-end process: binds the port, brings the model, spawns the engine, serves HTTP, and ends in order.
 
 Exit codes: 0 asked to stop, 2 what the user can mend (flags, files, a taken port), 1 anything else. The environment is
-read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, XDG_DATA_HOME, JAXSERVE_API_KEY, JAXSERVE_STORE, HF_TOKEN.
+read here only: JAXSERVE_CACHE_DIR, XDG_CACHE_HOME, XDG_DATA_HOME, JAXSERVE_API_KEY, JAXSERVE_STORE, HF_TOKEN, and what
+jaxserve.cluster looks for.
 """
 
 import asyncio
@@ -24,8 +25,10 @@ import uvicorn
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
 from jaxserve.child import ENVIRONMENT, run_engine
 from jaxserve.client import EngineClient, EngineUnavailable
+from jaxserve.cluster import find_cluster, google_metadata
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
 from jaxserve.flags import Options
+from jaxserve.follow import Follower
 from jaxserve.progress import CLEAR_LINE, StageReporter
 from jaxserve.service import HttpService, Service, bind, open_store, raise_file_limit, tls_options
 from jaxserve.store import StoreError
@@ -58,6 +61,16 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    try:
+        cluster = find_cluster(options.cluster, os.environ, google_metadata)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    if cluster is not None:
+        options = replace(options, engine={**options.engine, "cluster": cluster})
+        if cluster.rank:
+            cache_dir = options.cache_dir or default_cache_dir(os.environ, os.path.expanduser("~"))
+            return Follower(options, cache_dir, os.environ.get("HF_TOKEN")).run()
     raise_file_limit()
     try:
         listener = bind(config.host, config.port)

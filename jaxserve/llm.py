@@ -31,7 +31,10 @@ T = TypeVar("T")
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 _GIVEN_BY_MODEL = ("model_path", "tokenizer_path", "cache_dir", "gguf_path", "orbax_path")
-_ENGINE_OPTIONS = tuple(field.name for field in fields(EngineConfig) if field.name not in _GIVEN_BY_MODEL)
+_ONE_MACHINE = ("cluster",)  # a notebook has no followers
+_ENGINE_OPTIONS = tuple(
+    field.name for field in fields(EngineConfig) if field.name not in (*_GIVEN_BY_MODEL, *_ONE_MACHINE)
+)
 _SAMPLING = tuple(field.name for field in fields(SamplingRequest))
 _SHUTDOWN_SECONDS = 30.0
 

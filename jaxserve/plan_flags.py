@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxserve.cluster_flags import refuse_several
 from jaxserve.flags import FlagError, Options
 from jaxserve.flags import parse as parse_flags
 
@@ -46,9 +47,9 @@ def parse(argv: Sequence[str]) -> PlanJob:
     parser.add_argument("--no-compile", action="store_true", help="only the arithmetic: seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="one JSON object, or of several slices an array")
     given, rest = parser.parse_known_args(list(argv))
-    return PlanJob(
-        tuple(given.topology), given.context, given.users, not given.no_compile, given.json, parse_flags(rest)
-    )
+    options = parse_flags(rest)
+    refuse_several(options.cluster, "--topology names a slice with all of its machines")
+    return PlanJob(tuple(given.topology), given.context, given.users, not given.no_compile, given.json, options)
 
 
 def _positive(text: str) -> int:

@@ -10,14 +10,16 @@ from typing import TextIO
 # progress line instead of being written behind it; the progress line comes back with its next update.
 CLEAR_LINE = "\r\x1b[K"
 
-_VERBS = {"download": "fetched", "convert": "converted", "load": "loaded", "compile": "compiled", "warmup": "warmed up"}
+_VERBS = {"download": "fetched", "nodes": "joined", "convert": "converted"}
+_VERBS |= {"load": "loaded", "compile": "compiled", "warmup": "warmed up"}
 _BYTES = 1 << 20  # totals from here on are bytes, smaller ones are tensors or programs
 # Loading and compiling go on side by side, so a stage is over only when one that must come after it begins.
 _OVER = {
-    "convert": ("download",),
-    "load": ("download", "convert"),
-    "compile": ("download",),
-    "warmup": ("download", "convert", "load", "compile"),
+    "nodes": ("download",),
+    "convert": ("download", "nodes"),
+    "load": ("download", "nodes", "convert"),
+    "compile": ("download", "nodes"),
+    "warmup": ("download", "nodes", "convert", "load", "compile"),
 }
 
 

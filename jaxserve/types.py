@@ -171,9 +171,9 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One stage of the start: done of total units (bytes, tensors or programs), and a line for people."""
+    """One stage of the start: done of total units (bytes, machines, tensors or programs), and a line for people."""
 
-    stage: Literal["download", "convert", "load", "compile", "warmup"]
+    stage: Literal["download", "nodes", "convert", "load", "compile", "warmup"]
     done: int
     total: int
     message: str = ""

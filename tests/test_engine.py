@@ -447,7 +447,9 @@ def test_a_step_that_fails_ends_the_engine_with_1_and_its_message(monkeypatch):
             raise RuntimeError("the device caught fire")
 
     engine = shared_engine("tied")
-    monkeypatch.setattr("jaxserve.engine.build.build", lambda config, report: replace(engine, runner=Broken()))
+    monkeypatch.setattr(
+        "jaxserve.engine.build.build", lambda config, report, machines: replace(engine, runner=Broken())
+    )
     monkeypatch.setattr("gc.freeze", lambda: None)  # this process goes on
     ours, theirs = Pipe()
     results: list[int] = []
@@ -467,7 +469,7 @@ def test_a_step_that_fails_ends_the_engine_with_1_and_its_message(monkeypatch):
 
 def test_the_end_of_the_pipe_ends_the_engine(monkeypatch):
     engine = shared_engine("tied")
-    monkeypatch.setattr("jaxserve.engine.build.build", lambda config, report: engine)
+    monkeypatch.setattr("jaxserve.engine.build.build", lambda config, report, machines: engine)
     monkeypatch.setattr("gc.freeze", lambda: None)
     ours, theirs = Pipe()
     results: list[int] = []

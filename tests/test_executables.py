@@ -190,3 +190,18 @@ def test_the_second_build_traces_nothing_and_a_changed_source_compiles_nothing(t
         patch.setattr(executables, "sources_digest", lambda: "changed")
         third = build(config, quiet)
     assert third.counter.cache_misses == 0 and _tokens(third) == _tokens(first)
+
+
+def test_what_another_machine_lacks_is_compiled_here_too(tmp_path, misses):
+    lowerings = {"f": _lowered, "g": lambda: _lowered(3.0)}
+
+    def compiled(lacking=None) -> int:
+        before = len(misses)
+        done = compile_module.compile_all(lowerings, lambda done, total: None, _store(tmp_path), lacking)
+        assert _run(done["f"])[1] == 3.0 and _run(done["g"])[1] == 4.0
+        return len(misses) - before
+
+    assert compiled() == 2 and compiled() == 0
+    told: list[list[str]] = []
+    assert compiled(lambda names: [told.append(list(names)), {"'g'"}][1]) == 1 and told == [[]]
+    assert compiled() == 0

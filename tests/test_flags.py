@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from jaxserve.cluster_flags import CLUSTER_FLAGS
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from jaxserve.flags import FLAGS, FlagError, parse
 from jaxserve.foreign_flags import NO_EFFECT, NOT_YET, NOT_YET_SWITCHES
@@ -21,7 +22,7 @@ def test_every_flag_fills_a_field_that_exists():
     import dataclasses
 
     known = {
-        "launch": {"model", "revision", "cache_dir"},
+        "launch": {"model", "revision", "cache_dir", *(flag.target.removeprefix("launch.") for flag in CLUSTER_FLAGS)},
         "engine": {field.name for field in dataclasses.fields(EngineConfig)},
         "server": {field.name for field in dataclasses.fields(ServerConfig)},
     }

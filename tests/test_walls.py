@@ -42,6 +42,8 @@ ROOMS = {
     "jaxserve.config": room(1),
     "jaxserve.flag_file": room(1, others="yaml"),
     "jaxserve.flag_values": room(1),
+    "jaxserve.cluster_flags": room(2, "jaxserve.flag_file jaxserve.flag_values"),
+    "jaxserve.cluster": room(2, "jaxserve.config"),
     "jaxserve.foreign_flags": room(1),
     "jaxserve.progress": room(1),
     "jaxserve.utils": room(1),
@@ -51,8 +53,9 @@ ROOMS = {
     "kernels_pallas": room(1, others="jax numpy"),
     "checkpoints": room(1, others="jax numpy ml_dtypes orbax tensorstore gguf tokenizers huggingface_hub tqdm"),
     "jaxserve.flags": room(
-        2,
-        "jaxserve.config jaxserve.flag_file jaxserve.flag_values jaxserve.foreign_flags jaxserve.version",
+        3,
+        "jaxserve.config jaxserve.cluster_flags jaxserve.flag_file jaxserve.flag_values jaxserve.foreign_flags "
+        "jaxserve.version",
     ),
     "jaxserve.client": room(2, "jaxserve.types"),
     "jaxserve.model": room(2, "jaxserve.config kernels_pallas", "jax numpy flax"),
@@ -74,19 +77,23 @@ ROOMS = {
         "jaxserve.text jaxserve.client jaxserve.store jaxserve.types jaxserve.config jaxserve.version",
         "fastapi starlette pydantic orjson prometheus_client",
     ),
+    "jaxserve.follow": room(
+        5,
+        "jaxserve.child jaxserve.config jaxserve.flags jaxserve.progress jaxserve.types checkpoints.hub",
+    ),
     "jaxserve.launch": room(
         6,
         "jaxserve.child jaxserve.service jaxserve.api jaxserve.text jaxserve.client jaxserve.store jaxserve.types "
-        "jaxserve.config jaxserve.flags jaxserve.progress checkpoints.hub",
+        "jaxserve.cluster jaxserve.follow jaxserve.config jaxserve.flags jaxserve.progress checkpoints.hub",
         "uvicorn",
     ),
     "jaxserve.service": room(
         5, "jaxserve.api jaxserve.client jaxserve.connection jaxserve.store jaxserve.config", "uvicorn"
     ),
-    "jaxserve.batch_flags": room(3, "jaxserve.flags"),
-    "jaxserve.plan_flags": room(3, "jaxserve.flags"),
+    "jaxserve.batch_flags": room(4, "jaxserve.flags jaxserve.cluster_flags"),
+    "jaxserve.plan_flags": room(4, "jaxserve.flags jaxserve.cluster_flags"),
     "jaxserve.planner": room(
-        4,
+        5,
         "jaxserve.engine jaxserve.model jaxserve.scheduling jaxserve.config jaxserve.plan_flags checkpoints.gguf "
         "checkpoints.files",
         "jax numpy huggingface_hub",
@@ -103,7 +110,7 @@ ROOMS = {
         later="jaxserve.engine",
     ),
     "jaxserve": room(6, "jaxserve.version", later="jaxserve.llm"),
-    "jaxserve.terminal": room(3, "jaxserve.config jaxserve.flags jaxserve.flag_values jaxserve.utils", "tqdm"),
+    "jaxserve.terminal": room(4, "jaxserve.config jaxserve.flags jaxserve.flag_values jaxserve.utils", "tqdm"),
     "jaxserve.__main__": room(
         8,
         "jaxserve.flags",
@@ -121,6 +128,8 @@ FRONT_END = (
     "jaxserve.text",
     "jaxserve.client",
     "jaxserve.launch",
+    "jaxserve.follow",
+    "jaxserve.cluster",
     "jaxserve.offline",
     "jaxserve.terminal",
     "jaxserve.__main__",

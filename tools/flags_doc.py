@@ -28,6 +28,10 @@ ENVIRONMENT = """
 | `JAXSERVE_API_KEY` | used when `--api-key` is not given, so that the key does not show in the process list |
 | `JAXSERVE_ADMIN_API_KEY` | likewise for `--admin-api-key` |
 | `JAXSERVE_STORE` | likewise for `--store`, whose address may hold a password (`PGPASSWORD` works too) |
+| `JAXSERVE_DIST_SECRET` | the secret of several machines, without `--dist-secret-file` |
+| `LWS_LEADER_ADDRESS`, `LWS_GROUP_SIZE`, `LWS_WORKER_INDEX` | of Kubernetes' LeaderWorkerSet, without `--nnodes` |
+| `TPU_WORKER_HOSTNAMES`, `TPU_WORKER_ID` | of a TPU pod, whose metadata server is asked without them: likewise |
+| `SLURM_STEP_NUM_NODES` and its kin | of `srun`: likewise ([scale.md](scale.md#several-machines-for-one-model)) |
 | `XDG_DATA_HOME` | files and batches are in `jaxserve/files` there (or in `~/.local/share`) by default |
 | `JAXSERVE_URL` | the server that `jaxserve chat` and `bench` use without `--url`; `JAXSERVE_API_KEY` is sent to it |
 | `HF_TOKEN` | for hub models that ask for one |

@@ -4,9 +4,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -80,23 +81,39 @@ def draw(
     return Blueprint(sizes, shape, ModelRunner(shape, sizes.scheduler, mesh, jnp.dtype(sizes.kv_dtype)), parameters)
 
 
-def build(config: EngineConfig, report: Report) -> Engine:
+class Machines(Protocol):
+    """Several that serve one model (engine.hosts): each must build the same. The first two raise ConfigError."""
+
+    def agree(self, facts: DeviceFacts) -> DeviceFacts: ...
+
+    def check(self, what: Mapping[str, str]) -> None: ...
+
+    def lacking(self, names: Iterable[str]) -> Collection[str]: ...
+
+
+def build(config: EngineConfig, report: Report, machines: Machines | None = None) -> Engine:
     """Raises ConfigError or checkpoints.files.CheckpointError for what the user can mend."""
     counter = CompileCounter()
     programs = program_folder(config)
     devices = devices_of(config)
     platform = devices[0].platform
     model = read_model_config(config)
-    facts = DeviceFacts(platform, len(devices), _memory(devices[0]), **gpu_facts(devices[0]))
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    facts = DeviceFacts(platform, len(own), _memory(own[0]), **gpu_facts(own[0]))
+    if machines is not None:
+        facts = machines.agree(facts)
     blueprint = draw(model, config, facts, lambda sizes: make_mesh(devices[: sizes.dp * sizes.tp], sizes.dp))
     sizes, runner = blueprint.sizes, blueprint.runner
     if config.record_plans and sizes.dp > 1:
         raise ConfigError("--record-plans records one rank; leave --dp-size out")
     devices = devices[: sizes.dp * sizes.tp]
+    if machines is not None:
+        machines.check({"devices": str(devices), "sizes": str(sizes), "attention": blueprint.shape.attention.name})
     logger.info("mesh: dp %d x tp %d of %s", sizes.dp, sizes.tp, devices[0].device_kind)
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_params, config, model, blueprint.parameters, report, period=blueprint.shape.period)
-        runner.compile(blueprint.params, compile_progress(report), folder=programs)
+        lacking = None if machines is None else machines.lacking
+        runner.compile(blueprint.params, compile_progress(report), folder=programs, lacking=lacking)
         params = loading.result()
     runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from jax import lax
 from jaxserve.config import ModelConfig
 from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
-from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, PAGES, STACKED, Spread, specs_of
+from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, PAGES, STACKED, TOLD, Spread, specs_of
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
@@ -163,12 +163,22 @@ def layers_per_program(config: ModelConfig, platform: str) -> int | None:
     return max((size for size in range(1, 7) if repeats(config, size)), default=config.num_layers)
 
 
+# The names of programs that one machine lacks -> of those that any machine lacks.
+Lacking = Callable[[Iterable[str]], Collection[str]]
+
+
 def compile_programs(
-    target: Target, buckets: Sequence[Bucket], progress: Callable[[int, int], None], *, folder: str | None = None
+    target: Target,
+    buckets: Sequence[Bucket],
+    progress: Callable[[int, int], None],
+    *,
+    folder: str | None = None,
+    lacking: Lacking | None = None,
 ) -> Programs:
     """Every program, from the folder where an earlier start has kept it.
 
-    Without a folder only JAX's own cache is asked, which needs every program traced and lowered.
+    Without a folder only JAX's own cache is asked, which needs every program traced and lowered. lacking: of several
+    machines.
     """
     builder = _Builder(target)
     builder.add("admit", lambda: _lower_admit(target))
@@ -180,7 +190,7 @@ def compile_programs(
         builder.add_bucket(bucket)
     with precision(target.params):
         store = open_store(folder, target.spread.devices, _describe(target, buckets))
-        done = compile_all(builder.lowerings, progress, store)
+        done = compile_all(builder.lowerings, progress, store, lacking)
     return Programs(
         steps={bucket: builder.assemble(bucket, done) for bucket in buckets},
         admit=done["admit"],
@@ -191,11 +201,16 @@ def compile_programs(
 
 
 def compile_all(
-    lowerings: Mapping[Any, Callable[[], Any]], progress: Callable[[int, int], None], store: ExecutableStore | None
+    lowerings: Mapping[Any, Callable[[], Any]],
+    progress: Callable[[int, int], None],
+    store: ExecutableStore | None,
+    lacking: Lacking | None = None,
 ) -> dict[Any, Any]:
     """Key -> how to lower it; gives key -> compiled program; progress(done, total) is called from the pool's threads.
 
-    Lowering holds the GIL and runs here; compiling and loading do not and run in a pool.
+    Lowering holds the GIL and runs here; compiling and loading do not and run in a pool. What one of several machines
+    lacks all of them compile: GPUs measure while they compile, and share what they found, so that all machines get the
+    same program.
     """
     counter = itertools.count(1)  # next() is atomic
     total = len(lowerings)
@@ -205,7 +220,7 @@ def compile_all(
             def work() -> Any:
                 result = function(*arguments)
                 if result is not None:
-                    progress(next(counter), total)
+                    progress(min(next(counter), total), total)
                 return result
 
             return pool.submit(work)
@@ -216,8 +231,12 @@ def compile_all(
         futures = {key: submit(store.load, repr(key)) for key in lowerings}
         done = {key: future.result() for key, future in futures.items()}
         missing = [key for key, program in done.items() if program is None]
+        if lacking is not None:
+            names = lacking([repr(key) for key in missing])
+            missing = [key for key in lowerings if repr(key) in names]
         with _not_cached_twice() if missing else nullcontext():
-            futures = {key: submit(store.compile, repr(key), lowerings[key]()) for key in missing}
+            anew = lacking is not None
+            futures = {key: submit(store.compile, repr(key), lowerings[key](), anew) for key in missing}
             made: dict[Any, tuple[Entry, Any]] = {key: future.result() for key, future in futures.items()}
     store.save({repr(key): entry for key, (entry, _) in made.items()})
     return done | {key: program for key, (_, program) in made.items()}
@@ -281,7 +300,7 @@ class _Builder:
         ins = (specs_of(t.params.embed), specs_of(t.params.head), self._tokens, BY_RANK, BY_RANK, STACKED, BY_RANK)
         state = (t.state.last_token, t.state.sampling)
         arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
-        return self._lower(finish, ins, (BY_RANK, BY_RANK, BY_RANK), arguments, donate=(3, 4))
+        return self._lower(finish, ins, (BY_RANK, BY_RANK, TOLD), arguments, donate=(3, 4))
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
         """Abstract (hidden, shared) after `begin`."""
@@ -320,7 +339,7 @@ class _Builder:
         t = self.target
         function = functools.partial(step, shape=t.shape, bucket=bucket)
         arguments = (t.params, t.state, self._vector(bucket), self._masks(bucket))
-        rows: Any = BY_RANK
+        rows: Any = TOLD
         output = StepOutput(rows, rows, rows, rows, rows, hidden=self._tokens)
         ins = (specs_of(t.params), specs_of(t.state), BY_RANK, BY_RANK)
         return self._lower(function, ins, (specs_of(t.state), output), arguments, donate=(1,))

@@ -102,12 +102,13 @@ class ExecutableStore:
         entry = self._found.get(key)
         return None if entry is None else self._load(entry)
 
-    def compile(self, key: str, lowered: Any) -> tuple[Entry, Any]:
-        """-> where a lowered program belongs, and the program: from its file, else compiled and kept. Thread-safe."""
+    def compile(self, key: str, lowered: Any, anew: bool = False) -> tuple[Entry, Any]:
+        """-> where a lowered program belongs, and the program: from its file, unless anew, else compiled and kept.
+        Thread-safe."""
         in_tree = jax.tree.structure(lowered.args_info)
         told = [self._environment, key, str(in_tree), str(lowered.out_tree), str(lowered.args_info), lowered.as_text()]
         entry = Entry("program-" + _digest(told), in_tree, lowered.out_tree)
-        program = self._load(entry)
+        program = None if anew else self._load(entry)
         if program is None:
             hits = self._cache_hits.here
             program = lowered.compile()
@@ -193,6 +194,7 @@ def environment_of(device: jax.Device, num_devices: int) -> str:
         (
             (jax.__version__, version("jaxlib"), np.__version__, platform.python_version()),
             (device.platform, device.device_kind, device.client.platform_version, num_devices),
+            (jax.process_index(), jax.process_count()),
             (platform.machine(), cpu_features(), os.cpu_count()),
             sorted(options.items()),
             sorted(flags.items()),

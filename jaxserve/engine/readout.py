@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, Spread, specs_of
+from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, TOLD, Spread, specs_of
 from jaxserve.engine.step import StepShape
 from jaxserve.model.sharding import Params, merge
 from jaxserve.scheduling.plan import Readings, ReadResult
@@ -86,10 +86,10 @@ def lower(params: Params, shape: StepShape, spread: Spread, num_spans: int) -> d
     head = specs_of(params.head)
 
     def lowering(function: Callable[..., Any], ins: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[[], Any]:
-        over = spread.over(functools.partial(function, shape=shape), ins, BY_RANK)
+        over = spread.over(functools.partial(function, shape=shape), ins, TOLD)
         program = jax.jit(
             over,
-            out_shardings=spread.sharding(BY_RANK),
+            out_shardings=spread.sharding(TOLD),
             keep_unused=True,
             compiler_options=spread.compiler_options,
         )

@@ -57,7 +57,7 @@ class RecordingRunner:
         with open(path, "wb") as file:  # np.savez would add .npz to a name
             np.savez(
                 file,
-                config=np.array(json.dumps(asdict(replace(self._config, record_plans=None)))),
+                config=np.array(json.dumps(asdict(replace(self._config, record_plans=None, cluster=None)))),
                 buckets=np.asarray(numbers, np.int32).reshape(count, 3),
                 packed=np.concatenate([np.zeros(0, np.int32), *(plan.packed for plan in plans)]),
                 max_pages=np.array(plans[0].arrays.page_table.shape[1] if plans else 0),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxserve.engine.compile import Programs, Target, compile_programs, layers_per_program
+from jaxserve.engine.compile import Lacking, Programs, Target, compile_programs, layers_per_program
 from jaxserve.engine.readout import Reader, Reading
 from jaxserve.engine.spread import BY_RANK, PAGES, Spread
 from jaxserve.engine.step import DeviceState, StepOutput, StepShape
@@ -82,11 +82,19 @@ class ModelRunner:
         """What launch() takes."""
         return tuple(self._programs.steps)
 
-    def compile(self, params: Params, progress: Callable[[int, int], None], *, folder: str | None = None) -> None:
-        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables)."""
+    def compile(
+        self,
+        params: Params,
+        progress: Callable[[int, int], None],
+        *,
+        folder: str | None = None,
+        lacking: Lacking | None = None,
+    ) -> None:
+        """params: abstract arrays with their shardings; folder: where programs are kept (engine.executables); lacking:
+        see compile_programs."""
         platform = self._spread.devices[0].platform
         target = self.target(params, layers_per_program(self._shape.config, platform))
-        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder)
+        self._programs = compile_programs(target, buckets(self._sizes), progress, folder=folder, lacking=lacking)
 
     def target(self, params: Params, layers_per_program: int | None) -> Target:
         """What compile() compiles for; params: abstract arrays with their shardings."""

@@ -39,6 +39,7 @@ class DeviceFacts:
     memory: int | None
     capability: str | None = None  # compute capability, "9.0"
     num_multiprocessors: int | None = None
+    num_nodes: int = 1  # machines that the devices are in
 
 
 def choose_dtype(config: EngineConfig, platform: str) -> str:
@@ -66,15 +67,16 @@ def weight_bytes(model: ModelConfig, dtype: str, tp: int = 1) -> int:
 
 
 def choose_mesh(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> tuple[int, int]:
-    """-> dp, tp: the mesh that --dp-size and --tp-size ask for; where both are silent one device on CPU, elsewhere all.
+    """-> dp, tp: the mesh that --dp-size and --tp-size ask for; where both are silent one device on a CPU, elsewhere
+    all. Several machines use all of their devices, or one of them would have nothing to do.
 
     All devices share out the heads while no kv head would be held twice or padded: that is the shortest step. Beyond
     that ranks of their own use the rest, unless the weights need more devices. Raises ConfigError.
     """
-    found = device.num_devices
-    if config.tp_size or config.dp_size or device.platform == "cpu":
+    found, few = device.num_devices, device.platform == "cpu" and device.num_nodes == 1
+    if config.tp_size or config.dp_size or few:
         dp = config.dp_size or 1
-        tp = config.tp_size or (max(found // dp, 1) if device.platform != "cpu" else 1)
+        tp = config.tp_size or (1 if few else max(found // dp, 1))
     else:
         even = [tp for tp in range(1, found + 1) if found % tp == 0]
         enough = [tp for tp in even if _weights_fit(model, config, device, tp)] or [found]
@@ -83,6 +85,11 @@ def choose_mesh(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -
     if dp * tp > found:
         raise ConfigError(
             f"--tp-size {tp} and --dp-size {dp} take {dp * tp} devices; {found} of platform {device.platform} are there"
+        )
+    if dp * tp < found and device.num_nodes > 1:
+        raise ConfigError(
+            f"--tp-size {tp} and --dp-size {dp} take {dp * tp} of the {found} devices in {device.num_nodes} machines; "
+            "all of them must be used: leave one of the two out, or start fewer machines"
         )
     return dp, tp
 

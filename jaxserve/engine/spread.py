@@ -7,10 +7,12 @@ between them. Axis "tp": the devices of a rank, which hold their shares of the w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +28,15 @@ class Stacked:
 
 
 STACKED = Stacked()
+
+
+@dataclass(frozen=True)
+class Told:
+    """A tree of arrays that the host reads: by rank, or where ranks are on several machines the whole everywhere, since
+    the machine with the front end reads all of them."""
+
+
+TOLD = Told()
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,14 @@ class Spread:
         """A single device: functions stay as they are."""
         return self.mesh.size == 1
 
+    @cached_property
+    def is_far(self) -> bool:
+        """Devices of several machines."""
+        return isinstance(self.mesh, Mesh) and len({device.process_index for device in self.devices}) > 1
+
     def sharding(self, spec: Any) -> NamedSharding:
         """spec: one of the above."""
-        if self.is_one:
-            return NamedSharding(self.mesh, EVERYWHERE)
-        return NamedSharding(self.mesh, BY_RANK if isinstance(spec, Stacked) else spec)
+        return NamedSharding(self.mesh, EVERYWHERE if self.is_one else self._plain(spec))
 
     def abstract(self, shape: tuple[int, ...], dtype: Any, spec: P = BY_RANK) -> jax.ShapeDtypeStruct:
         """An array of one rank's shape -> the description of all ranks' array."""
@@ -70,8 +84,12 @@ class Spread:
         return jax.ShapeDtypeStruct(whole, dtype, sharding=self.sharding(spec))
 
     def put(self, array: np.ndarray | np.int32, spec: P = BY_RANK) -> jax.Array:
-        """A host array -> on the devices; asynchronous."""
-        return jax.device_put(array, self.sharding(spec))
+        """A host array, the same on every machine -> on the devices; asynchronous."""
+        if not self.is_far:
+            return jax.device_put(array, self.sharding(spec))
+        # device_put would compare the machines' arrays first, by a program of its own
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, self.sharding(spec), lambda index: whole[index])
 
     def over(self, function: Callable[..., Any], ins: tuple[Any, ...], outs: Any) -> Callable[..., Any]:
         """function of one device's arrays -> the same of the mesh's. ins: a spec, or a tree of them, per argument;
@@ -85,14 +103,24 @@ class Spread:
                 for spec, argument in zip(ins, arguments, strict=True)
             )
             results = function(*given)
-            if isinstance(outs, Stacked):
-                return _stack(results)
-            if not isinstance(outs, tuple):
-                return results
-            pairs = zip(outs, results, strict=True)
-            return tuple(_stack(result) if isinstance(spec, Stacked) else result for spec, result in pairs)
+            return jax.tree.map(self._given_out, outs, results, is_leaf=_is_spec)
 
-        return jax.shard_map(local, mesh=self.mesh, in_specs=_plain(ins), out_specs=_plain(outs), check_vma=False)
+        into, out_of = (jax.tree.map(self._plain, specs, is_leaf=_is_spec) for specs in (ins, outs))
+        return jax.shard_map(local, mesh=self.mesh, in_specs=into, out_specs=out_of, check_vma=False)
+
+    def _given_out(self, spec: Any, part: Any) -> Any:
+        """A part of a device's results as it leaves that device."""
+        if isinstance(spec, Stacked):
+            return jax.tree.map(lambda x: x[None], part)
+        if isinstance(spec, Told) and self._plain(spec) == EVERYWHERE:
+            return jax.tree.map(lambda x: lax.all_gather(x, "dp", tiled=True), part)
+        return part
+
+    def _plain(self, spec: Any) -> P:
+        """A spec as JAX takes it."""
+        if isinstance(spec, Told):
+            return EVERYWHERE if self.is_far and self.num_ranks > 1 else BY_RANK
+        return BY_RANK if isinstance(spec, Stacked) else spec
 
     def described(self, tree: Any, specs: Any) -> Any:
         """Abstract arrays, and a prefix of their tree -> the same with shardings."""
@@ -112,13 +140,5 @@ def specs_of(arrays: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding.spec, arrays)
 
 
-def _stack(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[None], tree)
-
-
 def _is_spec(value: Any) -> bool:
-    return isinstance(value, P | Stacked)
-
-
-def _plain(specs: Any) -> Any:
-    return jax.tree.map(lambda spec: BY_RANK if isinstance(spec, Stacked) else spec, specs, is_leaf=_is_spec)
+    return isinstance(value, P | Stacked | Told)
