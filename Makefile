@@ -4,7 +4,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all smoke page clients aot fuzz check docs docs-check notebooks lock wheel clean distclean missing-python
+.PHONY: help setup serve test test-all smoke page clients ray aot fuzz check docs docs-check notebooks lock wheel clean distclean missing-python
 
 ARGS ?=
 TESTS ?=
@@ -30,6 +30,7 @@ help:
 	@echo 'make page       the tests of the page, in /usr/bin/chromium (CHROMIUM=...), which must be there'
 	@echo 'make aot        the steps compiled for TPUs that are not there; needs libtpu'
 	@echo 'make clients    other clients (agents, pydantic-ai, langchain, npm) against the default model'
+	@echo 'make ray        two replicas on Ray Serve (deploy/ray), in an environment of their own'
 	@echo 'make fuzz       ten minutes of random requests by schemathesis (SECONDS=60 for less)'
 	@echo 'make check      format, lint, types, walls'
 	@echo 'make docs       write the pages of flags and the tables of refused fields in docs/api.md'
@@ -86,6 +87,16 @@ fuzz: $(STAMP)
 aot: $(STAMP)
 	@$(PY) -c 'import libtpu' 2>/dev/null || echo 'libtpu is not installed, so nothing is compiled: $(PY) -m pip install libtpu'
 	JAXSERVE_AOT=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(PY) -m pytest -q tests/aot $(TESTS)
+
+# In an environment of its own: Ray wants other versions of what is locked here, and nothing else here needs it.
+RAY := .venv-ray/.installed
+$(RAY): deploy/ray/requirements.txt | $(STAMP)
+	$(PY) -m venv --clear .venv-ray
+	.venv-ray/bin/python -m pip install -q --disable-pip-version-check -r deploy/ray/requirements.txt
+	@touch $@
+
+ray: $(STAMP) $(RAY)
+	JAXSERVE_RAY=1 $(pytest) -rs tests/test_ray.py tests/test_ray_prefix.py $(TESTS)
 
 clients: $(STAMP)
 	@sh tools/clients.sh $(VENV)
