@@ -97,14 +97,16 @@ def matmul_parameters(model: ModelConfig) -> tuple[int, int]:
     return model.num_layers * (attention + 3 * model.embed_dim * model.mlp_dim), model.vocab_size * model.embed_dim
 
 
-def floor(model: ModelConfig, dtype: str, machine: Machine, bucket: Bucket, context: int) -> tuple[float, str]:
+def floor(engine: Engine, machine: Machine, bucket: Bucket, context: int) -> tuple[float, str]:
     """-> seconds that no step of this bucket can beat, and what binds it. A chunk's tokens see half of the chunk."""
+    model, itemsize = engine.model, ITEMSIZE[engine.sizes.dtype]
     layers, head = matmul_parameters(model)
     share = bucket.num_prefill // max(bucket.num_chunks, 1)
     attended = bucket.num_decode * context + bucket.num_prefill * (context + share / 2)
     read = bucket.num_decode * context + bucket.num_chunks * (context + share)
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZE[dtype] * read
-    seconds_memory = ((layers + head) * ITEMSIZE[dtype] + kv_bytes) / machine.bandwidth
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(engine.sizes.kv_dtype).itemsize
+    weights = layers * (1 if model.quantization else itemsize) + head * itemsize
+    seconds_memory = (weights + kv_bytes * read) / machine.bandwidth
     operations = 2 * (layers * bucket.num_tokens + head * bucket.num_rows)
     operations += 4 * model.num_layers * model.num_heads * model.head_dim * attended
     seconds_compute = operations / machine.rate
@@ -158,8 +160,8 @@ def step_seconds(engine: Engine, plan: StepPlan, budget: float) -> float:
     return float(np.median([run(count) for _ in range(5)]))
 
 
-def facts(engine: Engine, dtype: str, shapes: dict[str, Any], machine: Machine) -> dict[str, Any]:
-    """Where and with what this was measured."""
+def surroundings() -> dict[str, Any]:
+    """When, where and with what something is measured."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -169,13 +171,22 @@ def facts(engine: Engine, dtype: str, shapes: dict[str, Any], machine: Machine) 
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": engine.device_kind,
-        "platform": engine.platform,
         "machine": {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()},
         "load_average": os.getloadavg()[0],
         "versions": {"jaxserve": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
-        "dtype": dtype,
+    }
+
+
+def facts(engine: Engine, shapes: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Of what is measured, beside where."""
+    return {
+        "device": engine.device_kind,
+        "platform": engine.platform,
+        **surroundings(),
+        "dtype": engine.sizes.dtype,
+        "quantization": engine.model.quantization,
+        "kv_cache_dtype": engine.sizes.kv_dtype,
         "shapes": shapes,
         "page_size": engine.sizes.scheduler.page_size,
         "num_pages": engine.sizes.scheduler.num_pages,
@@ -184,7 +195,7 @@ def facts(engine: Engine, dtype: str, shapes: dict[str, Any], machine: Machine) 
     }
 
 
-def measure(engine: Engine, machine: Machine, dtype: str, args: argparse.Namespace) -> list[Measured]:
+def measure(engine: Engine, machine: Machine, args: argparse.Namespace) -> list[Measured]:
     """Every compiled bucket that the flags let through, at every context."""
     results = []
     print(f"{'decode':>6} {'prefill':>8} {'context':>8} {'step ms':>9} {'floor ms':>9} {'ratio':>6}  bound")
@@ -197,7 +208,7 @@ def measure(engine: Engine, machine: Machine, dtype: str, args: argparse.Namespa
             if plan is None:
                 continue
             seconds = step_seconds(engine, plan, args.seconds)
-            least, bound = floor(engine.model, dtype, machine, bucket, context)
+            least, bound = floor(engine, machine, bucket, context)
             shape = (bucket.num_decode, bucket.num_prefill, bucket.num_chunks, context)
             result = Measured(*shape, round(seconds * 1e3, 3), round(least * 1e3, 3), round(seconds / least, 2), bound)
             results.append(result)
@@ -214,6 +225,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", type=Path, help="config.json of another model (default: SmolLM2-135M's shapes)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantization", choices=("none", "int8", "fp8"), default="none")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "int8", "fp8"), default="auto")
     parser.add_argument("--batch", type=int, nargs="+", help="decode rows (default: every compiled number)")
     parser.add_argument("--prefill", type=int, nargs="+", help="prefill tokens (default: every compiled number)")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048], help="tokens before the new ones")
@@ -231,7 +244,12 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "bench.step", *sys.argv[1:]], ENVIRONMENT | os.environ)
     shapes = json.loads(args.config.read_text()) if args.config else DEFAULT_SHAPES
     cache_dir = default_cache_dir(os.environ, os.path.expanduser("~"))
-    options = {"max_running": args.max_running, "chunked_prefill_size": args.chunked_prefill_size}
+    options = {
+        "max_running": args.max_running,
+        "chunked_prefill_size": args.chunked_prefill_size,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
+    }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shapes))
         config = EngineConfig(
@@ -239,10 +257,10 @@ def main() -> None:
         )
         engine = build(config, lambda stage, done, total, message: None)
     machine = measure_machine(args.dtype)
-    told = facts(engine, args.dtype, shapes, machine)
+    told = facts(engine, shapes, machine)
     cpu = told["machine"]["cpu"] if engine.platform == "cpu" else engine.device_kind
     print(f"{cpu[:48]}, {args.dtype}: {told['bandwidth_gb_s']} GB/s, {told['rate_gflop_s']} GFLOP/s")
-    results = measure(engine, machine, args.dtype, args)
+    results = measure(engine, machine, args)
     output = args.output or Path(__file__).parent / "results" / f"step-{engine.platform}-{args.dtype}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(told | {"steps": [asdict(result) for result in results]}, indent=1) + "\n")

@@ -72,15 +72,15 @@ def choose(
     where there is no such backend.
     """
     missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
-    if missing is None and dtype != (dtype if activations is None else activations):
-        given = f"{jnp.dtype(dtype).name}, and q {jnp.dtype(activations).name}"
-        missing = f"the TPU kernels need a cache of q's dtype; this is {given}"
-    elif missing is None and is_quantised(dtype):
-        missing = f"the TPU kernels need a float cache; this is {jnp.dtype(dtype).name}"
     if is_gpu := platform in ("gpu", "cuda", "rocm"):
         from kernels_pallas import gpu  # a second that other devices need not wait
 
         missing = gpu.why_not(capability, dtype)
+    elif missing is None and is_quantised(dtype):
+        missing = f"the TPU kernels need a float cache; this is {jnp.dtype(dtype).name}"
+    if missing is None and activations is not None and dtype != activations:
+        given = f"{jnp.dtype(dtype).name}, and q {jnp.dtype(activations).name}"
+        missing = f"the {'Hopper' if is_gpu else 'TPU'} kernels need a cache of q's dtype; this is {given}"
     if wanted == "xla" or (wanted == "auto" and (missing or platform == "cpu")):
         name = f"xla ({missing})" if wanted == "auto" and missing and platform != "cpu" else "xla"
         return Attention(name, xla.plan, xla.attend)
