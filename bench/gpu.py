@@ -81,10 +81,20 @@ def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
     server = ["--model", str(model), "--load-format", "dummy", "--max-running-requests", "4" if small else "64"]
     server += ["--max-model-len", "512"] if small else ["--dtype", "bfloat16"]
     config, dtype = str(model / "config.json"), "float32" if small else "bfloat16"
+
+    def in_8_bits(method: str) -> list[str]:
+        few = ["--batch", "4"] if small else ["--batch", "8", "64", "--prefill", "2048"]
+        few += ["--context", "128" if small else "4096", "--config", config, "--dtype", dtype, "--seconds", "1"]
+        return [*few, "--quantization", method, "--kv-cache-dtype", method]
+
     return {
         "kernels": ["bench.kernels", *shape, *output("kernels")],
         "server": ["jaxserve", "bench", *server, *load, *output("server")],
         "step": ["bench.step", "--config", config, "--dtype", dtype, "--seconds", "1", *step, *output("step")],
+        **{
+            f"step-{method}": ["bench.step", *in_8_bits(method), *output(f"step-{method}")]
+            for method in ("int8", "fp8")
+        },
     }
 
 
@@ -117,7 +127,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--small", action="store_true", help="a trial of all of it on a CPU")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
-    parser.add_argument("--only", nargs="+", choices=("kernels", "server", "step"), help="these parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=("kernels", "server", "step", "step-int8", "step-fp8"), help="these parts"
+    )
     args = parser.parse_args()
     start = time.monotonic()
     result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "small": args.small, "parts": {}}

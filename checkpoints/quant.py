@@ -17,7 +17,7 @@ from checkpoints.files import CheckpointError, Index, TensorInfo, TensorSource, 
 
 SCALE = "_scale"  # "…weight" -> "…weight_scale", compressed-tensors' name
 _STORED_SCALES = ("_scale", "_scale_inv")  # the second is DeepSeek's, and is multiplied with all the same
-_BLOCK_ELEMENTS = 4 << 20  # turned into floats at a time
+_BLOCK_ELEMENTS = 2 << 20  # turned into floats at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PORT = 30000
@@ -220,15 +220,14 @@ class ModelConfig:
             return self
         if wanted == "none":
             return replace(self, quantization=None)
+        if wanted not in get_args(Quantization):
+            raise ConfigError(f"--quantization {wanted}: not served; auto, none, int8 and fp8 are")
         if self.quantization is not None:
             raise ConfigError(
                 f"--quantization {wanted}: the checkpoint is {self.quantization} already; leave the flag out, or widen "
                 "its weights to --dtype with none"
             )
-        return replace(self, quantization=_QUANTIZATIONS[wanted])
-
-
-_QUANTIZATIONS: dict[str, Quantization] = {"int8": "int8", "fp8": "fp8"}
+        return replace(self, quantization="int8" if wanted == "int8" else "fp8")
 
 
 def _instead(harmless: tuple[Any, ...]) -> str:

@@ -197,6 +197,8 @@ class Ready:
     seconds: float  # from the engine's start to ready
     embedding_size: int = 0  # numbers of an Embedded vector; 0: this engine makes none
     generates: bool = True  # False: an encoder, which takes "embed" requests only
+    quantization: str | None = None  # of the layers' matrices; None: dtype
+    kv_cache_dtype: str | None = None  # None: an encoder, which has no cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from jaxserve.config import ConfigError, EngineConfig, ModelConfig, stored_quant
 from jaxserve.engine.encoder import build_encoder
 from jaxserve.engine.sizing import choose_kv_dtype, weight_bytes
 from jaxserve.engine.weights import load_params, read_encoder_config, read_model_config
+from jaxserve.llm import LLM
 from jaxserve.model.sharding import Params, describe, make_mesh
 from kernels_pallas import cache as kv_cache
 
@@ -393,6 +394,20 @@ def test_the_engine_computes_with_an_8_bit_cache_as_with_the_numbers_it_holds(dt
         assert answers[1].cached_tokens == cached
         for prompt, answer in zip(prompts, answers, strict=True):
             assert_holds_rounded_kv(shared_folder("grouped"), weights, held, prompt, answer)
+
+
+def test_llm_takes_both_and_says_so():
+    with LLM(shared_folder("grouped"), show_progress=False, **SMALL, quantization="fp8", kv_cache_dtype="fp8") as llm:
+        assert (llm.ready.quantization, llm.ready.kv_cache_dtype) == ("fp8", "float8_e4m3fn")
+        assert len(llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True).token_ids) == 4
+    for wrong, said in (({"quantization": "awq"}, "awq: not served"), ({"kv_cache_dtype": "int4"}, "int4: not served")):
+        with pytest.raises(ConfigError, match=said):
+            LLM(shared_folder("grouped"), show_progress=False, **SMALL, **wrong)
+
+
+def test_the_interpreted_kernels_refuse_8_bit_pages():
+    with pytest.raises(ConfigError, match="--attention-backend pallas: .*float cache; this is int8; 'xla' runs"):
+        build_engine(shared_folder("grouped"), **SMALL, kv_cache_dtype="int8", attention_backend="pallas")
 
 
 def test_a_quantised_checkpoint_with_a_quantised_cache_is_served(tmp_path, rng):

@@ -210,6 +210,8 @@ def _ready(engine: "Engine", seconds: float) -> Ready:
         seconds=seconds,
         embedding_size=engine.model.embed_dim,
         generates=engine.model.generates,
+        quantization=engine.model.quantization,
+        kv_cache_dtype=engine.sizes.kv_dtype,
     )
 
 

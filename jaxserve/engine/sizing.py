@@ -49,8 +49,11 @@ def choose_dtype(config: EngineConfig, platform: str) -> str:
 
 
 def choose_kv_dtype(config: EngineConfig, dtype: str) -> str:
-    """dtype: of the activations."""
-    return {"auto": dtype, "fp8": "float8_e4m3fn"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+    """dtype: of the activations. Raises ConfigError."""
+    named = {"auto": dtype, "float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+    if config.kv_cache_dtype not in named:
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: not served; {', '.join(named)} are")
+    return named[config.kv_cache_dtype]
 
 
 def weight_bytes(model: ModelConfig, dtype: str, tp: int = 1) -> int:

@@ -67,6 +67,8 @@ class Plan:
     fits: bool
     reason: str | None  # why it does not
     dtype: str | None = None
+    quantization: str | None = None  # of the layers' matrices; None: dtype
+    kv_dtype: str | None = None
     dp: int = 1
     tp: int = 1
     memory: Memory | None = None
@@ -204,6 +206,8 @@ def _counted(
         fits=reason is None,
         reason=reason,
         dtype=blueprint.sizes.dtype,
+        quantization=blueprint.shape.config.quantization,
+        kv_dtype=blueprint.sizes.kv_dtype,
         dp=sums.dp,
         tp=sums.tp,
         memory=memory,

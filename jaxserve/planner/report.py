@@ -67,7 +67,9 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _room(plan: Plan) -> list[str]:
-    shape = f"{plan.dtype}, tensor parallel {plan.tp}" + (f", {plan.dp} ranks" if plan.dp > 1 else "")
+    small = f", weights {plan.quantization}" if plan.quantization else ""
+    small += f", cache {plan.kv_dtype}" if plan.kv_dtype != plan.dtype else ""
+    shape = f"{plan.dtype}{small}, tensor parallel {plan.tp}" + (f", {plan.dp} ranks" if plan.dp > 1 else "")
     return [
         f"Room ({shape})",
         f"  {'KV cache':<22}{plan.kv_tokens or 0:>12,} tokens",
