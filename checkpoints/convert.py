@@ -38,7 +38,7 @@ from checkpoints.storage import (
 Progress = Callable[[int, int, str], None]
 
 _ORBAX = "orbax"
-_BATCH_BYTES = 256 << 20  # tensors in memory at a time
+_BATCH_BYTES = 64 << 20  # tensors that Orbax gets at a time; it holds about three such portions
 _CHUNK_BYTES = 16 << 20  # a device that wants a slice reads whole chunks
 _EXTRA_FILES = (
     "config.json",
@@ -78,7 +78,7 @@ def convert(
     """Write source as a converted checkpoint in folder dst, with config and tokenizer files from folder extra_files.
 
     progress(bytes done, bytes in all, line). dst appears whole or not at all; two that convert at once do the work
-    once; what an interrupted run left is removed. At most 256 MB of tensors (or one tensor) are in memory.
+    once; what an interrupted run left is removed. Some hundred MB, or three of the largest tensor, are in memory.
     Raises CheckpointError when dst exists and holds something else, or the disk is too small.
     """
     total = sum(info.num_bytes for info in source.tensors.values())

@@ -12,6 +12,7 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -180,7 +181,8 @@ class GGUFSource:
 
     Quantised tensors are dequantised to float32 slice by slice; F16, BF16 and F32 are given as they are. The rows of
     q and k, which GGUF stores pair-interleaved, come back in Hugging Face's half-split order.
-    Raises CheckpointError for another architecture, unknown tensors, duplicates and truncated files.
+    Raises CheckpointError for another architecture, unknown tensors, types that gguf cannot dequantise, duplicates and
+    truncated files.
     """
 
     def __init__(self, path: str):
@@ -219,11 +221,17 @@ class GGUFSource:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+            kind = GGMLQuantizationType(tensor.kind)
+            block, size = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
             raise CheckpointError(
                 f"{self.path}: tensor {tensor.name!r} has ggml type {tensor.kind}, unknown to gguf"
             ) from None
+        if not _can_decode(tensor.kind, size):
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor.name!r} has ggml type {kind.name}, which gguf cannot dequantise; "
+                "convert the model to another type, as Q8_0 or Q4_K_M"
+            )
         if not 1 <= len(tensor.shape) <= 2 or tensor.shape[-1] % block:
             raise CheckpointError(
                 f"{self.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}; expected one or two dimensions, "
@@ -269,6 +277,17 @@ def _decode(raw: np.ndarray, kind: int) -> np.ndarray:
     from gguf.constants import GGMLQuantizationType
 
     return quants.dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(kind))
+
+
+@lru_cache
+def _can_decode(kind: int, block_bytes: int) -> bool:
+    """gguf knows the sizes of more types than it can dequantise: Q8_1 and Q8_K, which are never stored, and some that
+    are new."""
+    try:
+        _decode(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _check_architecture(header: GGUFHeader) -> None:

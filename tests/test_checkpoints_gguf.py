@@ -80,6 +80,52 @@ def test_quantised_weights_equal_the_packages_own_dequantisation_and_permutation
     assert np.array_equal(GGUFSource(path).read("model.layers.0.self_attn.q_proj.weight"), expected)
 
 
+TYPES = {kind.name: (kind, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
+INTEGERS = ("I8", "I16", "I32", "I64")
+REFUSED = ("Q8_1", "Q8_K", "Q1_0")
+
+
+def write_types(path, names):
+    """v_proj and k_proj of one layer for every type, 4 x 2 blocks of random bits each; one head."""
+    writer, bits = gguf.GGUFWriter(str(path), "llama"), np.random.default_rng(3)
+    writer.add_head_count(1)
+    for layer, name in enumerate(names):
+        kind, _, size = TYPES[name]
+        for part in "vk":
+            raw = bits.integers(0, 256, (4, 2 * size), dtype=np.uint8)
+            writer.add_tensor(f"blk.{layer}.attn_{part}.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@np.errstate(all="ignore")  # random scales are infinite or none now and then
+def test_every_type_that_gguf_can_dequantise_is_read_whole_and_in_slices(tmp_path):
+    names = [name for name in TYPES if name not in REFUSED]
+    path = write_types(tmp_path / "types.gguf", names)
+    source, stored = GGUFSource(path), {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer, name in enumerate(names):
+        kind, block, _ = TYPES[name]
+        for part, order in (("v", [0, 1, 2, 3]), ("k", [0, 2, 1, 3])):
+            data = stored[f"blk.{layer}.attn_{part}.weight"].data
+            plain = name in INTEGERS or name == "F64"
+            expected = (data if plain else gguf.quants.dequantize(data, kind)).reshape(4, 2 * block)[order]
+            key = f"model.layers.{layer}.self_attn.{part}_proj.weight"
+            whole = source.read(key)
+            assert whole.shape == source.tensors[key].shape == (4, 2 * block), name
+            assert np.array_equal(whole.astype(expected.dtype), expected, equal_nan=True), name
+            columns = slice(block // 3, block + block // 2 + 1)
+            assert np.array_equal(source.read(key, (slice(1, 3), columns)), whole[1:3, columns], equal_nan=True), name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_type_that_gguf_cannot_dequantise_is_refused_at_once_by_name(tmp_path, name):
+    with pytest.raises(CheckpointError, match=rf"'blk.0.attn_v.weight' has ggml type {name}, which gguf cannot"):
+        GGUFSource(write_types(tmp_path / "types.gguf", [name]))
+
+
 def test_biases_of_q_and_k_are_unpermuted_too(tmp_path):
     folder = tiny_llama.write_tiny_llama(tmp_path / "hf", attention_bias=True, tie=True)
     source, original = GGUFSource(write(folder, tmp_path)), SafetensorsSource(folder)

@@ -1,5 +1,8 @@
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,17 +15,17 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from checkpoints import convert as converting
 from checkpoints import load as loading
-from checkpoints.convert import OrbaxSource, convert, convert_path, open_source
-from checkpoints.files import CheckpointError, SafetensorsSource, TensorInfo
+from checkpoints.convert import OrbaxSource, convert
+from checkpoints.files import CheckpointError, SafetensorsSource
 from checkpoints.gguf import GGUFSource
 from checkpoints.hub import resolve_model
 from checkpoints.llama import hf_name, tensor_names, tensor_shapes
 from checkpoints.load import ALIGNMENT, DummySource, Part, Target, load
-from checkpoints.storage import read_checkpoint_file
+from jaxserve.utils import _free_port
 from tests import tiny_llama
 
+ROOT = Path(__file__).resolve().parent.parent
 ONE = SingleDeviceSharding(jax.devices("cpu")[0])
 Q, K, V = (hf_name(0, part) for part in "qkv")
 QKV = {Q: (64, 64), K: (32, 64), V: (32, 64)}  # of the tiny Llama
@@ -175,46 +178,134 @@ def test_loading_two_gigabytes_takes_them_and_little_more(tmp_path):
     """Anonymous memory, which the file's own mapped pages are not part of. Linux."""
     from tests.test_checkpoints_files import run_python
 
-    rows, names = 8192, [f"t{i}" for i in range(16)]  # 16 x 8192 x 4096 float32 = 2 GiB of zeros, a sparse file
-    size = rows * 4096 * 4
-    entries = {
-        name: {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(names)
-    }
-    header = json.dumps(entries).encode()
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size * len(names))
+    sparse_gigabytes(tmp_path, 2)
     code = """
-import re, threading
 import jax, numpy as np
 from jax.sharding import SingleDeviceSharding
 from checkpoints.files import SafetensorsSource
-from checkpoints.load import STAGED, Target, load
-def anonymous():
-    with open("/proc/self/status") as file:
-        return int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024
+from checkpoints.load import Target, load
+from tests.test_checkpoints_load import Watch
 source = SafetensorsSource(FOLDER)
 one = SingleDeviceSharding(jax.devices()[0])
 targets = {
     name: Target({name: info.shape}, np.float32, one, transpose=name.endswith(("0", "2", "4", "6", "8")))
     for name, info in source.tensors.items()
 }
-before, peak, ended = anonymous(), [0], threading.Event()
-def watch():
-    while not ended.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-thread = threading.Thread(target=watch)
-thread.start()
-arrays = load(source, targets, progress=lambda *step: None)
-ended.set()
-thread.join()
+with Watch() as watch:
+    arrays = load(source, targets, progress=lambda *step: None)
 result = sum(array.nbytes for array in arrays.values())
-extra = max(peak[0], anonymous()) - before - result
+extra = watch.peak - result
 print("EXTRA", extra, "of", result)
 assert result == 2 << 30 and extra < max(array.nbytes for array in arrays.values()) + (64 << 20), extra
 """
     run_python(code.replace("FOLDER", repr(str(tmp_path))))
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_and_holds_its_own_half_and_little_more(tmp_path):
+    """Two gigabytes over two processes of two devices; anonymous memory, as above. Linux."""
+    names = sparse_gigabytes(tmp_path, 2)
+    code = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from checkpoints.files import SafetensorsSource
+from checkpoints.load import Target, load
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+from tests.test_checkpoints_load import Recording, Watch  # which asks for devices
+assert jax.device_count() == 4 and jax.local_device_count() == 2
+mesh = Mesh(np.array(jax.devices()), ("tp",))
+source = Recording(SafetensorsSource(folder))
+targets = {
+    name: Target({name: info.shape}, np.float32, NamedSharding(mesh, P("tp", None) if i % 2 else P(None, "tp")))
+    for i, (name, info) in enumerate(source.tensors.items())
+}
+with Watch() as watch:
+    arrays = load(source, targets, progress=lambda *step: None)
+owned = sum(shard.data.nbytes for array in arrays.values() for shard in array.addressable_shards)
+read = 0
+for name, index in source.reads:
+    shape = source.tensors[name].shape
+    read += 4 * int(np.prod([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)]))
+print("RANK", rank, "READ", read, "OWNED", owned, "EXTRA", watch.peak - owned)
+assert read == owned == 1 << 30, (read, owned)
+assert watch.peak - owned < max(array.nbytes for array in arrays.values()) + (64 << 20), watch.peak - owned
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    command = [sys.executable, "-c", code]
+    port = str(_free_port())
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), port, str(tmp_path)], cwd=ROOT, env=environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    print(*outputs, sep="\n")
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-1500:] + outputs[1][-1500:]
+    assert len(names) == 16
+
+
+class Watch:
+    """The most anonymous memory while it lasts, above what there was before, in bytes. Linux."""
+
+    def __enter__(self):
+        self._before, self.peak, self._ended = _anonymous(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._ended.wait(0.002):
+            self.peak = max(self.peak, _anonymous() - self._before)
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._thread.join()
+        self.peak = max(self.peak, _anonymous() - self._before)
+
+
+def _anonymous():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"RssAnon:\s+(\d+)", file.read())[1]) * 1024
+
+
+def sparse_gigabytes(folder, count):
+    """A checkpoint of zeros that takes no room on the disk: 8 tensors [8192, 4096] in float32 a gigabyte."""
+    rows, names = 8192, [f"t{i}" for i in range(8 * count)]
+    size = rows * 4096 * 4
+    entries = {
+        name: {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
+    header = json.dumps(entries).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size * len(names))
+    return names
+
+
+def test_tensors_are_read_side_by_side_and_progress_counts_every_byte(tiny):
+    """A read returns only while another one waits, so one thread alone would wait for ever."""
+    both, steps = threading.Barrier(2), []
+
+    class Pairs(Recording):
+        def read(self, name, index=None):
+            both.wait(20)
+            return super().read(name, index)
+
+    targets = {
+        name: Target({name: info.shape}, np.float32, ONE) for name, info in SafetensorsSource(tiny).tensors.items()
+    }
+    targets.pop(hf_name(None, "norm"))  # an even number is left
+    assert len(targets) % 2 == 0
+    load(Pairs(SafetensorsSource(tiny)), targets, progress=lambda *step: steps.append(step), workers=2)
+    total = sum(int(np.prod(target.shape)) * 4 for target in targets.values())
+    assert steps[0][:2] == (0, total) and steps[-1][:2] == (total, total) and len(steps) == len(targets) + 1
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
 
 
 def test_a_missing_tensor_and_a_wrong_shape_stop_before_anything_is_read(tiny):
@@ -268,138 +359,6 @@ def test_dummy_weights_depend_on_the_seed_alone_and_slices_agree():
     )
     assert (first.read(hf_name(0, "attn_norm")) == 1).all()
     assert not np.array_equal(first.read(Q), first.read(hf_name(0, "o")))
-
-
-# converted checkpoints
-
-
-def test_a_converted_checkpoint_holds_the_same_tensors(tiny, tmp_path):
-    source, dst = SafetensorsSource(tiny), str(tmp_path / "out")
-    steps = []
-    convert(source, dst, extra_files=tiny, metadata={"note": "x"}, progress=lambda *step: steps.append(step))
-    found = open_source(dst)
-    assert isinstance(found, OrbaxSource) and found.tensors == source.tensors and found.metadata["note"] == "x"
-    for name in source.tensors:
-        assert np.array_equal(found.read(name), source.read(name)), name
-    assert np.array_equal(found.read(Q, (slice(3, 9), slice(10, 64))), source.read(Q)[3:9, 10:64])
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (Path(dst) / name).read_bytes() == (Path(tiny) / name).read_bytes()
-    total = sum(info.num_bytes for info in source.tensors.values())
-    assert steps[0][:2] == (0, total) and "MB" in steps[0][2] and steps[-1][:2] == (total, total)
-
-
-def test_orbax_itself_reads_what_was_written(tiny, tmp_path, monkeypatch):
-    from orbax.checkpoint import v1 as ocp
-
-    monkeypatch.setattr(converting, "_BATCH_BYTES", 20_000)
-    monkeypatch.setattr(converting, "_CHUNK_BYTES", 4_000)
-    source, dst = SafetensorsSource(tiny), tmp_path / "out"
-    convert(source, str(dst), extra_files=tiny, progress=quiet)
-    tree = ocp.load(dst / "orbax")
-    assert set(tree) == set(source.tensors)
-    assert all(np.array_equal(np.asarray(tree[name]), source.read(name)) for name in source.tensors)
-    found = OrbaxSource(str(dst))
-    assert ocp.metadata(dst / "orbax").custom_metadata == found.metadata
-    assert all(np.array_equal(found.read(name), source.read(name)) for name in source.tensors)
-
-
-def test_bfloat16_stays_bfloat16_and_tied_stays_tied(tmp_path):
-    folder = tiny_llama.write_tiny_llama(tmp_path / "hf", dtype="bfloat16", tie=True)
-    convert_path(folder, str(tmp_path / "out"), progress=quiet)
-    found, source = OrbaxSource(str(tmp_path / "out")), SafetensorsSource(folder)
-    assert found.tensors[Q] == TensorInfo((64, 64), np.dtype(ml_dtypes.bfloat16))
-    assert found.read(Q).tobytes() == source.read(Q).tobytes() and hf_name(None, "head") not in found.tensors
-
-
-def test_a_gguf_converts_to_float32_with_its_own_config_files(tiny, tmp_path):
-    path = str(tmp_path / "tiny.gguf")
-    tiny_llama.write_tiny_gguf(tiny, path, quantise="Q8_0")
-    assert converting.main([path, str(tmp_path / "out")]) == 0
-    found, source = OrbaxSource(str(tmp_path / "out")), GGUFSource(path)
-    assert found.tensors == source.tensors and found.tensors[Q].dtype == np.float32
-    assert all(np.array_equal(found.read(name), source.read(name)) for name in source.tensors)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-
-
-def test_what_an_interrupted_conversion_left_is_replaced(tiny, tmp_path, monkeypatch):
-    dst = tmp_path / "out"
-    (tmp_path / ".out.partial-old").mkdir()
-    (tmp_path / ".out.partial-old" / "junk").write_text("x")
-
-    class Breaking(Recording):
-        def read(self, name, index=None):
-            if len(self.reads) == 5:
-                raise KeyboardInterrupt
-            return super().read(name, index)
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(Breaking(SafetensorsSource(tiny)), str(dst), progress=quiet)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out.lock"]
-    convert(SafetensorsSource(tiny), str(dst), extra_files=tiny, progress=quiet)
-    assert OrbaxSource(str(dst)).tensors
-
-
-def test_two_conversions_at_once_write_once(tiny, tmp_path):
-    dst, lines, failures = str(tmp_path / "out"), [], []
-
-    def work():
-        try:
-            convert(SafetensorsSource(tiny), dst, extra_files=tiny, progress=lambda *step: lines.append(step[2]))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == [] and sum("is there already" in line for line in lines) == 2
-    assert len(OrbaxSource(dst).tensors) == len(SafetensorsSource(tiny).tensors)
-
-
-def test_another_model_or_a_foreign_folder_is_never_overwritten(tiny, tmp_path, capsys):
-    dst = tmp_path / "out"
-    dst.mkdir()
-    (dst / "precious").write_text("x")
-    assert converting.main([tiny, str(dst)]) == 2
-    assert "is no converted checkpoint; remove it" in capsys.readouterr().err and (dst / "precious").exists()
-    other = tiny_llama.write_tiny_llama(tmp_path / "other", seed=9)
-    convert_path(tiny, str(tmp_path / "a"), progress=quiet)
-    with pytest.raises(CheckpointError, match="converted from another source"):
-        convert_path(other, str(tmp_path / "a"), progress=quiet)
-    assert converting.main([str(tmp_path / "absent"), str(tmp_path / "b")]) == 2
-
-
-def test_a_disk_too_small_is_refused_before_writing(tiny, tmp_path, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(CheckpointError, match="0 MB are free"):
-        convert(SafetensorsSource(tiny), str(tmp_path / "out"), extra_files=tiny, progress=quiet)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_checkpoint_says_so(tiny, tmp_path):
-    import shutil
-
-    dst = tmp_path / "out"
-    convert_path(tiny, str(dst), progress=quiet)
-    document = json.loads((dst / "checkpoint.json").read_text())
-    (dst / "checkpoint.json").write_text(json.dumps(document | {"version": 99}))
-    with pytest.raises(CheckpointError, match="version 99; expected 'jaxserve-checkpoint' version 1"):
-        read_checkpoint_file(str(dst))
-    document["tensors"]["ghost.weight"] = ["float32", 2]
-    document["tensors"][Q] = ["float32", 3, 64]
-    (dst / "checkpoint.json").write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="'ghost.weight' cannot be read"):
-        OrbaxSource(str(dst)).read("ghost.weight")
-    with pytest.raises(CheckpointError, match=r"float32 \[64, 64\]; expected float32 \[3, 64\]"):
-        OrbaxSource(str(dst)).read(Q)
-    shutil.rmtree(dst / "orbax")
-    with pytest.raises(CheckpointError, match="damaged"):
-        OrbaxSource(str(dst))
-    with pytest.raises(CheckpointError, match="no converted checkpoint"):
-        OrbaxSource(str(tmp_path))
 
 
 # the default model
