@@ -67,6 +67,8 @@ def launch(options: Options, engine: EngineEntry | None = None) -> int:
         log.error("%s", error)
         return 2
     if cluster is not None:
+        if not cluster.secret:
+            log.warning("there is no --dist-secret-file: every user of this machine may join in or listen")
         options = replace(options, engine={**options.engine, "cluster": cluster})
         if cluster.rank:
             cache_dir = options.cache_dir or default_cache_dir(os.environ, os.path.expanduser("~"))

@@ -342,10 +342,11 @@ def test_whoever_is_lost_is_noticed_on_both_sides(pair: Any):
 
 
 def test_a_silent_machine_is_lost_too(pair: Any, monkeypatch: pytest.MonkeyPatch):
-    site, _, follower, _ = pair
+    site, leader, follower, _ = pair
     monkeypatch.setattr(hosts, "SILENCE", 2.0)
     follower._leader.leaving = True  # its signs of life end, its connection stays
-    assert "rank 1 is gone (nothing was heard of it for" in site.lost.get(timeout=10)
+    with leader._peers[1].channel._lock:  # as where it reads nothing, and a step that is sent to it has filled the wire
+        assert "rank 1 is gone (nothing was heard of it for" in site.lost.get(timeout=10)
 
 
 # Replay

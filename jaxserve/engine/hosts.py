@@ -56,12 +56,12 @@ class Peer:
 
     def __init__(self, channel: Channel, name: str, fail: Fail, on_frame: Callable[[int, bytes], None]):
         self.channel, self.name = channel, name
-        self.leaving = False  # it may hang up
+        self.starting, self.leaving = True, False  # leaving: it may hang up
         self.gone = threading.Event()
         self._fail, self._on_frame = fail, on_frame
         self._heard = time.monotonic()
         self._texts: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for work in (self._read, self._beat):
+        for work in (self._read, self._beat, self._watch):
             threading.Thread(target=work, name=f"{work.__name__[1:]} {name}", daemon=True).start()
 
     def send(self, kind: int, payload: Any = b"") -> None:
@@ -94,15 +94,20 @@ class Peer:
 
     def _beat(self) -> None:
         while not self.leaving:
+            self.send(ALIVE)
             time.sleep(BEAT)
+
+    def _watch(self) -> None:
+        """A thread of its own, since a peer that reads nothing blocks whoever sends."""
+        while not self.leaving:
             silent = time.monotonic() - self._heard
             if silent > SILENCE:
                 self._lost(f"nothing was heard of it for {silent:.0f} s")
-            if not self.leaving:
-                self.send(ALIVE)
+            time.sleep(BEAT)
 
     def _lost(self, why: str) -> None:
-        time.sleep(GRACE)  # what ended both machines may be known here too, and says more
+        if self.starting:
+            time.sleep(GRACE)  # what ended both machines may be known here too, and says more
         if not self.leaving:
             self._fail(f"{self.name} is gone ({why}); the machines of a server end together")
 
@@ -182,6 +187,7 @@ class Leader:
         """Once every machine has said that it is ready."""
         for peer in self._peers.values():
             peer.hear()
+            peer.starting = False
         return LeadingRunner(runner, self.broadcast)
 
     def broadcast(self, kind: int, words: np.ndarray) -> None:
@@ -246,6 +252,7 @@ class Follower:
     def ready(self) -> None:
         """Every program was run once."""
         self._leader.tell("ready")
+        self._leader.starting = False
 
     def close(self) -> None:
         self._leader.leaving = True
