@@ -272,6 +272,37 @@ def test_three_machines_agree_on_what_all_of_them_have():
     leader.close()
 
 
+@pytest.mark.parametrize(
+    ("host", "resolved", "secret", "bound"),
+    [
+        ("127.0.0.1", "127.0.0.1", SECRET, "127.0.0.1"),
+        ("localhost", "127.0.0.1", b"", "127.0.0.1"),
+        ("node0", "127.0.1.1", SECRET, "any"),  # its own name, in /etc/hosts
+        ("node0", "203.0.113.9", SECRET, "any"),  # an address in front of this machine
+        ("node0", "203.0.113.9", b"", "refused"),
+    ],
+)
+def test_rank_0_listens_where_the_others_reach_it(
+    monkeypatch: pytest.MonkeyPatch, host: str, resolved: str, secret: bytes, bound: str
+):
+    found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolved, _free_port()))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [found])
+    cluster = Cluster(2, 0, host, found[4][1] - 1, secret)
+    if bound == "refused":
+        with pytest.raises(ConfigError, match="cannot listen"):
+            hosts._listen(cluster)
+        return
+    with hosts._listen(cluster) as listener:
+        address = listener.getsockname()[0]
+    assert address in ("::", "0.0.0.0") if bound == "any" else address == bound
+
+
+def test_nobody_listens_when_all_are_there(pair: Any):
+    site, *_ = pair
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", site.port), 2)
+
+
 def test_devices_that_differ_are_named_on_every_machine(pair: Any):
     _, leader, follower, _ = pair
     mine = DeviceFacts("gpu", 8, 80, "9.0", 132)
@@ -343,7 +374,7 @@ def test_whoever_is_lost_is_noticed_on_both_sides(pair: Any):
 
 def test_a_silent_machine_is_lost_too(pair: Any, monkeypatch: pytest.MonkeyPatch):
     site, leader, follower, _ = pair
-    monkeypatch.setattr(hosts, "SILENCE", 2.0)
+    monkeypatch.setattr(hosts, "STARTING_SILENCE", 2.0)
     follower._leader.leaving = True  # its signs of life end, its connection stays
     with leader._peers[1].channel._lock:  # as where it reads nothing, and a step that is sent to it has filled the wire
         assert "rank 1 is gone (nothing was heard of it for" in site.lost.get(timeout=10)

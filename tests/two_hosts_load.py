@@ -56,6 +56,6 @@ def load(folder: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     rank, port, folder = sys.argv[1:]
-    start_jax(Cluster(2, int(rank), "127.0.0.1", int(port), b"", 60.0))
+    start_jax(Cluster(2, int(rank), "127.0.0.1", int(port), b"", 60.0), None)
     print(json.dumps(load(folder)), flush=True)
     os._exit(0)

@@ -5,6 +5,7 @@ Whoever loses another ends at once, loudly and from a thread of its own: the mai
 the lost one will never join. A frame each second says that a machine is alive whose connection looks open.
 """
 
+import ipaddress
 import json
 import logging
 import queue
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 ALIVE, TEXT, STEP, MASKS, STOP = range(5)  # kinds of frames
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 15.0  # seconds without one: the other machine is gone. Importing and lowering hold the GIL for a while
+SILENCE = 15.0  # seconds without one: the other machine is gone
+STARTING_SILENCE = 120.0  # until it is ready: making a backend may hold the GIL for long
 HANDSHAKE_SECONDS = 10.0
 RETRY_SECONDS = 0.5
 GOODBYE_SECONDS = 5.0
@@ -52,7 +54,7 @@ class Frame:
 
 
 class Peer:
-    """The machine at the other end of a channel, with a thread that reads what it sends. on_frame: called there."""
+    """The machine at the other end of a channel, and the threads that hear and watch it. on_frame: called by one."""
 
     def __init__(self, channel: Channel, name: str, fail: Fail, on_frame: Callable[[int, bytes], None]):
         self.channel, self.name = channel, name
@@ -101,7 +103,7 @@ class Peer:
         """A thread of its own, since a peer that reads nothing blocks whoever sends."""
         while not self.leaving:
             silent = time.monotonic() - self._heard
-            if silent > SILENCE:
+            if silent > (STARTING_SILENCE if self.starting else SILENCE):
                 self._lost(f"nothing was heard of it for {silent:.0f} s")
             time.sleep(BEAT)
 
@@ -119,6 +121,7 @@ class Leader:
         """Waits for the others. facts: see engine.agreement. Raises ConfigError when they do not come, or differ."""
         self._cluster, self._facts, self._fail = cluster, facts, fail
         self._peers: dict[int, Peer] = {}
+        self.address: str  # that this machine listens on
         self._gather(waiting)
         self._answer(None)
 
@@ -127,6 +130,7 @@ class Leader:
         cluster, arrivals = self._cluster, queue.SimpleQueue[tuple[int, Channel]]()
         deadline = time.monotonic() + cluster.join_timeout
         with _listen(cluster) as listener:
+            self.address = listener.getsockname()[0]
             threading.Thread(target=_accept, args=(listener, cluster, arrivals), name="accept", daemon=True).start()
             while missing := [rank for rank in range(1, cluster.num_nodes) if rank not in self._peers]:
                 names = ", ".join(map(str, missing))
@@ -139,6 +143,8 @@ class Leader:
                         problem = f"rank {names} did not come within {cluster.join_timeout:.0f} s (--dist-timeout)"
                         self._answer(problem)
                     logger.info("waiting for rank %s of %d machines", names, cluster.num_nodes)
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # close() alone does not wake accept() on Linux
         waiting(cluster.num_nodes, cluster.num_nodes, "")
 
     def _take(self, rank: int, channel: Channel) -> None:
@@ -352,6 +358,8 @@ def _listen(cluster: Cluster) -> socket.socket:
     try:
         try:
             family, *_, address = socket.getaddrinfo(cluster.host, port, type=socket.SOCK_STREAM)[0]
+            if ipaddress.ip_address(address[0]).is_loopback and cluster.host not in (address[0], "localhost"):
+                raise OSError(f"{cluster.host} is {address[0]} here, as /etc/hosts often has it")
             return socket.create_server(address[:2], family=family)
         except OSError:
             if not cluster.secret:
@@ -413,14 +421,18 @@ def _prepare(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def start_jax(cluster: Cluster) -> None:
-    """JAX's own side of it: every process learns of every device. Before any device is asked for."""
-    host = f"[{cluster.host}]" if ":" in cluster.host else cluster.host
+def start_jax(cluster: Cluster, address: str | None) -> None:
+    """JAX's own side of it: every process learns of every device. Before any device is asked for. address: that rank 0
+    listens on."""
+
+    def joined(host: str) -> str:
+        return f"[{host}]:{cluster.port}" if ":" in host else f"{host}:{cluster.port}"
+
     jax.distributed.initialize(
-        f"{host}:{cluster.port}",
+        joined(cluster.host),
         num_processes=cluster.num_nodes,
         process_id=cluster.rank,
         cluster_detection_method="deactivate",
-        coordinator_bind_address=f"{host}:{cluster.port}" if not cluster.secret else None,
+        coordinator_bind_address=None if address is None else joined(address),
         initialization_timeout=max(1, int(cluster.join_timeout)),
     )

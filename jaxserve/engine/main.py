@@ -143,7 +143,7 @@ def _join(
     machines = (
         Leader(cluster, facts, fail, waiting) if not cluster.rank else Follower(cluster, facts, fail, waiting, inbox)
     )
-    start_jax(cluster)
+    start_jax(cluster, machines.address if isinstance(machines, Leader) else None)
     return machines
 
 
