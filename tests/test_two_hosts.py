@@ -244,15 +244,15 @@ def test_a_machine_with_another_secret_does_not_join(tiny: str, cache_dir: str, 
     address = f"127.0.0.1:{_free_port()}"
     every = ("--model", tiny, "--cache-dir", cache_dir, "--nnodes", "2", "--dist-init-addr", address, *SIZES)
     other = FOUR_DEVICES | {"JAXSERVE_DIST_SECRET": "another secret of sixteen bytes"}
-    flags = (*every, "--node-rank", "0", "--dist-timeout", "9")
-    with RealServer(*flags, log=tmp_path / "rank0.log", environ=FOUR_DEVICES) as server:
+    with RealServer(*every, "--node-rank", "0", log=tmp_path / "rank0.log", environ=FOUR_DEVICES) as server:
         follower = Machine(*every, "--node-rank", "1", log=tmp_path / "rank1.log", environ=other)
-        assert eventually(lambda: _stage(server) == ("nodes", "waiting for rank 1"), 30)
+        assert eventually(lambda: _stage(server) == ("nodes", "waiting for rank 1"), 60)
         assert follower.process.wait(60) == 2
         assert "another one" in follower.output()
         assert eventually(lambda: "it does not know our secret" in server.output(), 5)
-        assert server.process.wait(60) == 2
-        assert "rank 1 did not come within 9 s (--dist-timeout)" in server.output()
+        assert server.process.poll() is None, "a stranger ended the server"
+        server.process.terminate()
+        assert server.process.wait(30) == 0
 
 
 def _stage(server: RealServer) -> tuple[str, str] | None:
@@ -270,7 +270,7 @@ def test_a_follower_that_waits_leaves_when_it_is_told(tiny: str, cache_dir: str,
     assert eventually(lambda: len(follower.family()) > 2, 30), "no engine was spawned"
     family = follower.family()
     follower.process.terminate()
-    assert follower.process.wait(10) == 0
+    assert follower.process.wait(20) == 0
     assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family), 5)
     assert "Traceback" not in follower.output()
 
