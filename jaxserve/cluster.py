@@ -134,8 +134,8 @@ def _tpu_pod(environ: Mapping[str, str], metadata: Metadata) -> Found | None:
         source = "the TPU pod (metadata server)"
     parts = [each.strip().split(":") for each in (names or "").split(",") if each.strip()]
     hosts = [each[2] if len(each) == 3 else each[0] for each in parts]  # three on older machines: name:id:address
-    if len(hosts) < 2:
-        return None
+    if len(hosts) < 2 or not all(re.fullmatch(r"[\w.-]+", host) for host in hosts):
+        return None  # libtpu puts a warning into the variable where it finds no pod
     if int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         raise ConfigError("several TPU slices (MEGASCALE_NUM_SLICES) are not served as one; run a server on each slice")
     if rank is None or not rank.strip().isdigit():

@@ -94,6 +94,8 @@ def test_leader_worker_set_says_who_is_who():
 def test_a_tpu_pod_says_it_in_variables_or_by_its_metadata_server():
     assert detect(GKE) == Found("the TPU pod (TPU_WORKER_HOSTNAMES)", 2, 1, "tpu-0.svc", 8476)
     assert detect({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+    nowhere = "WARNING: could not determine TPU worker hostnames or IP addresses, please set env var"
+    assert detect({"TPU_WORKER_HOSTNAMES": nowhere, "TPU_WORKER_ID": "0"}) is None, "libtpu's, where there is no pod"
     asked: list[str] = []
 
     def metadata(endpoints: str | None, number: str | None) -> Any:
