@@ -241,13 +241,13 @@ def _items(
                 place = lax.rem(index, jnp.int32(places))
                 begin = lax.rem(group + index, jnp.int32(2))
                 turns = lax.div(jnp.maximum(count - begin, 0) + 1, jnp.int32(2))
+                left = kv_lens[row] - (first + begin) * PART  # tokens, from this warpgroup's first part on
                 plgpu.barrier_wait(q_full.at[place])
 
                 def part(number, state):
                     maximum, total, *sums = state
                     slot = group * stages + lax.rem(taken_before + number, jnp.int32(stages))
-                    start = (first + begin + 2 * number) * PART
-                    length = kv_lens[row] - start
+                    length = left - number * (2 * PART)
                     plgpu.barrier_wait(full.at[slot])
 
                     @pl.when(length < PART)

@@ -1,5 +1,6 @@
 """The engine's own steps, compiled for a target: what the compiler says of memory and exchanges. Nothing is run."""
 
+import math
 import re
 import time
 from collections import Counter
@@ -53,14 +54,16 @@ def compile_step(blueprint: Blueprint, bucket: Bucket, platform: str) -> Compile
     analyses = [program.memory_analysis() for program in programs]
     pages = target.state.cache.pages
     shape = pages.sharding.shard_shape(pages.shape)
+    temporaries = max(each.temp_size_in_bytes for each in analyses)
+    in_place = platform != "tpu" and temporaries < pages.dtype.itemsize * math.prod(shape)
     return CompiledStep(
         bucket=bucket,
         seconds=time.monotonic() - started,
         arguments=max(each.argument_size_in_bytes for each in analyses),
-        temporaries=max(each.temp_size_in_bytes for each in analyses),
+        temporaries=temporaries,
         code=sum(each.generated_code_size_in_bytes for each in analyses),
         collectives=dict(sum(map(collectives, texts), Counter())),
-        cache_copies=sum(count for text in texts for count in copies_of(shape, text).values()),
+        cache_copies=sum(count for text in texts for count in copies_of(shape, text, in_place).values()),
     )
 
 
@@ -90,6 +93,7 @@ def collectives(text: str) -> Counter[str]:
 
 # A tuple, its element or a reinterpretation is no new array; kernels write the one they are given.
 _NO_COPY = {"parameter", "tuple", "get-tuple-element", "bitcast", "custom-call", "call", "while", "conditional"}
+_WRITES = {"scatter", "dynamic-update-slice", "fusion"}
 
 
 def makers_of(shape: tuple[int, ...], text: str) -> Counter[str]:
@@ -98,6 +102,8 @@ def makers_of(shape: tuple[int, ...], text: str) -> Counter[str]:
     return Counter(opcode for _, result, opcode in instructions(text) if written in result)
 
 
-def copies_of(shape: tuple[int, ...], text: str) -> Counter[str]:
-    """Those of them that may need room for one more."""
-    return Counter({opcode: count for opcode, count in makers_of(shape, text).items() if opcode not in _NO_COPY})
+def copies_of(shape: tuple[int, ...], text: str, in_place: bool = False) -> Counter[str]:
+    """Those of them that may need room for one more. in_place: there was none, so that what XLA writes, where it does
+    (GPU and CPU), goes into the array that it is given."""
+    harmless = _NO_COPY | (_WRITES if in_place else set())
+    return Counter({opcode: count for opcode, count in makers_of(shape, text).items() if opcode not in harmless})

@@ -82,6 +82,7 @@ class Plan:
     prompt: Prompt | None = None
     compiled: tuple[CompiledStep, ...] = ()
     not_compiled: str | None = None  # why
+    source: str | None = None  # who publishes the figures of the hardware
     smallest: Mapping[str, str | None] = field(default_factory=dict)  # family -> the smallest slice that fits
     notes: tuple[str, ...] = ()
 
@@ -160,6 +161,7 @@ def answer(question: Question, where: Slice, *, compile_steps: bool) -> Plan:
     missing = why_no_compiler(where) if compile_steps else "only the arithmetic was asked for"
     where_to = (where.name, where.num_devices, where.num_hosts)
     plan = Plan(question.name, *where_to, fits=False, reason=None, context=question.context, not_compiled=missing)
+    plan = replace(plan, source=where.chip.source)
     try:
         blueprint, sums = draw_on(where, question, to_compile=missing is None)
     except ConfigError as error:

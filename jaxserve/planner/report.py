@@ -88,7 +88,7 @@ def _speeds(plan: Plan) -> list[str]:
             f"  {f'a prompt of {plan.context}':<22}{plan.prompt.seconds * 1e3:>9,.0f} ms"
             f"{plan.prompt.tokens_per_second:>10,.0f} tokens/s"
         )
-    return lines
+    return lines + _wrapped(f"Figures of the hardware: {plan.source}.")
 
 
 def _speed(speed: Speed) -> str:

@@ -3,6 +3,7 @@ missing."""
 
 import importlib.util
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,10 @@ def compile_mesh(where: Slice, sizes: Sizes) -> Mesh:
         return make_mesh(gpu_devices(where.chip, where.num_devices)[: sizes.dp * sizes.tp], sizes.dp)
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    found = topologies.get_topology_desc(platform="tpu", topology_name=where.name)
+    hosts: dict[str, Any] = {}
+    if where.num_hosts == 1:  # libtpu would take 8 chips for two hosts of 4, and the engine such devices for far ones
+        hosts["chips_per_host_bounds"] = (*where.axes, 1, 1)[:3]
+    found = topologies.get_topology_desc(platform="tpu", topology_name=where.name, **hosts)
     devices = np.asarray(found.devices)
     assert devices.size == where.num_devices, f"{where.name} has {devices.size} devices, not {where.num_devices}"
     return make_mesh(list(devices.flat)[: sizes.dp * sizes.tp], sizes.dp)

@@ -65,10 +65,9 @@ def test_kernels_compile_for_hopper_without_spilling_registers(shape, kind, tmp_
     reports = {path.stem: path.read_text() for path in tmp_path.glob("*.ptxas")}
     assert {name.rpartition("_")[0] for name in reports} == {"paged_decode", "add_items", "paged_prefill"}
     for name, report in reports.items():
-        if shape[2] == 256 and name.startswith("paged_decode"):  # spills some: docs/kernels.md
-            continue
         spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert spilled and set(sum(spilled, ())) == {"0"}, f"{name}: {report}"
+        few = 24 if shape[2] == 256 and name.startswith("paged_decode") else 0  # bytes: docs/kernels.md
+        assert spilled and max(map(int, sum(spilled, ()))) <= few, f"{name}: {report}"
         assert "sm_90a" in report
 
 

@@ -5,7 +5,14 @@ Most are cut to two layers, which are a scan already: what holds for one more tu
 
 import os
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
+from jax.errors import JaxRuntimeError
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from targets import (
     LLAMA_8B,
     MIB,
@@ -18,6 +25,8 @@ from targets import (
     makers_of,
     target_of,
 )
+
+from jaxserve.engine.chips import CHIPS
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("JAXSERVE_AOT"), reason="compiles for minutes: make aot"),
@@ -82,6 +91,24 @@ def test_a_context_of_128k_fits_scalar_memory():
         decode, prefill = compile_steps(target, [buckets[256, 0], buckets[0, 128]]).values()
     assert makers_of(decode.cache_shape, decode.text)["custom-call"] == 4
     check(prefill)
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_the_memory_of_a_chip_is_what_its_compiler_lets_a_program_have(topology):
+    memory = CHIPS[topology.partition(":")[0]].memory
+    assert memory is not None
+    (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = NamedSharding(Mesh(np.asarray([device]), ("tp",)), PartitionSpec())
+
+    def compile_with(num_bytes: int) -> None:
+        rows = jax.ShapeDtypeStruct((num_bytes // MIB, 256, 1024), jnp.float32, sharding=sharding)
+        jax.jit(lambda rows: lax.dynamic_update_slice(rows, jnp.zeros((1, 8, 128)), (0, 0, 0)), donate_argnums=0).lower(
+            rows
+        ).compile()
+
+    compile_with(memory - 2 * MIB)
+    with pytest.raises(JaxRuntimeError, match=rf"(available HBM \(|of ){memory / 2**30:.2f}G"):
+        compile_with(memory + MIB)
 
 
 def test_without_the_kernels_a_step_on_tpu_copies_the_cache():
