@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,10 @@ class Fleet:
         """Ray's process of each replica -> the processes of its server."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            servers = process.children(recursive=True)
-            if servers and any("child.py" in part for part in servers[0].cmdline()):
-                found[process.pid] = servers
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                servers = process.children(recursive=True)
+                if servers and any("child.py" in part for part in servers[0].cmdline()):
+                    found[process.pid] = servers
         return found
 
     def stop(self) -> None:

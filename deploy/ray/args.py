@@ -1,7 +1,6 @@
 """What `serve run deploy.ray:app` takes, as `name=value`."""
 
 import shlex
-import sys
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +12,7 @@ class FleetArgs(BaseModel):
 
     model: str | None = Field(None, description="as --model (default: the server's own default)")
     flags: str = Field("", description='other flags of the server, as on its command line: "--dtype bfloat16"')
-    python: str = Field(sys.executable, description="interpreter that has jaxserve, where it is not Ray's own")
+    python: str | None = Field(None, description="interpreter that has jaxserve (default: Ray's own, or .venv's)")
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(4, ge=1)

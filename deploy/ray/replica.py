@@ -11,9 +11,11 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import AsyncGenerator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,13 @@ class Server:
         end, self._alive = os.pipe()  # nobody writes; the kernel closes our end with this process
         # Without --store, nothing that one replica keeps may be asked of another: the ingress refuses it.
         self._files = tempfile.TemporaryDirectory(prefix="jaxserve-")
-        command = [args.python, "-P", str(Path(__file__).with_name("child.py")), str(end), *self._flags(args)]
+        command = [
+            args.python or _python(),
+            "-P",
+            str(Path(__file__).with_name("child.py")),
+            str(end),
+            *self._flags(args),
+        ]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(command, env=environment, pass_fds=[end], stdin=subprocess.DEVNULL)
@@ -148,6 +156,12 @@ class Replica:
 
 def shared_store(args: FleetArgs) -> bool:
     return bool(args.flag("--store") or os.environ.get("JAXSERVE_STORE"))
+
+
+def _python() -> str:
+    """Ray's own interpreter where a server could run in it, else that of `make setup` in the checkout."""
+    beside = ROOT / ".venv" / "bin" / "python"
+    return str(beside) if find_spec("jax") is None and beside.exists() else sys.executable
 
 
 def _free_port() -> int:
