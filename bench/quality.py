@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="what the golden prompts were tokenised for")
     parser.add_argument("--only", nargs="+", help="weights/cache, as the table names them")
-    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--output", type=Path, help="JSON; what is there of other variants is kept")
     args = parser.parse_args()
     told = {"model": args.model, "device": jax.devices()[0].device_kind} | surroundings()
     cases = json.loads(GOLDEN.read_text())["cases"]
@@ -236,14 +236,19 @@ def main() -> None:
     recorded = cases[TEXT]["prompt_logprob_sum"]
     if abs(log_probability(exact, text) - recorded) > RECORDED_TOLERANCE:
         raise SystemExit(f"float32 says {log_probability(exact, text):.2f} of the text, torch said {recorded:.2f}")
-    results = [measure(forward, FLOAT32, text, exact, cases)]
-    for variant in VARIANTS:
-        if args.only is None or str(variant) in args.only:
-            results.append(measure(Forward(args.model, variant), variant, text, exact, cases))
-            print(results[-1], flush=True)
-    print(table(results))
-    if args.output:
-        args.output.write_text(json.dumps(told | {"results": [asdict(each) for each in results]}, indent=1) + "\n")
+    results: dict[str, Quality] = {}
+    if args.output and args.output.exists():
+        results = {each["variant"]: Quality(**each) for each in json.loads(args.output.read_text())["results"]}
+    for variant in (FLOAT32, *VARIANTS):
+        if args.only is not None and str(variant) not in args.only:
+            continue
+        measured = forward if variant == FLOAT32 else Forward(args.model, variant)
+        results[str(variant)] = measure(measured, variant, text, exact, cases)
+        print(results[str(variant)], flush=True)
+        if args.output:  # each takes a minute or two
+            written = told | {"results": [asdict(each) for each in results.values()]}
+            args.output.write_text(json.dumps(written, indent=1) + "\n")
+    print(table(list(results.values())))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Page 0 is scratch: padding reads it, nothing that matters is ever written there.
 
 Pages of int8 or float8_e4m3fn have ``scales [L, P, 2 * K, page_size]`` float32 beside them: of each token, K (2h) and V
 (2h + 1) of head h have the largest number of the dtype at their largest element. K and V never share a scale, though
-they may share lanes: K's numbers are several times V's, whose steps would be as many times too large.
+they may share lanes: whichever has the smaller numbers would be rounded in the other's steps.
 """
 
 from dataclasses import dataclass

@@ -352,7 +352,7 @@ def assert_equal_where(kept: np.ndarray, found: jax.Array, wanted: jax.Array) ->
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(3, 64), (2, 80), (1, 128), (2, 256)])
 def test_8_bits_of_k_and_v_are_within_a_rounding_of_what_they_were(num_kv_heads, head_dim, dtype, rng):
-    """K a hundred times V, as in real models: V keeps its own steps. Zeros stay zeros."""
+    """K is a hundred times V, which keeps its own steps. Zeros stay zeros."""
     k, v = rng.standard_normal((2, 7, num_kv_heads, head_dim), np.float32) * rng.lognormal(0, 3, (2, 7, 1, 1))
     k, v = (100 * k).astype(np.float32), v.astype(np.float32)
     k[3], v[4] = 0, 0
