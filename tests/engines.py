@@ -80,7 +80,7 @@ def quiet(stage: str, done: int, total: int, message: str) -> None:
 
 
 def build_engine(folder: str, **config: Any) -> Engine:
-    return build(EngineConfig(folder, cache_folder(), **config), quiet)
+    return build(EngineConfig(folder, cache_folder(), **{"dtype": "float32"} | config), quiet)
 
 
 def build_runner(

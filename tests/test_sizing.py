@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
+from jaxserve.engine.processor import prefers_bfloat16
 from jaxserve.engine.sizing import GIB, DeviceFacts, Sizes, choose_dtype, resolve, weight_bytes
 from jaxserve.scheduling.buckets import buckets
 from kernels_pallas.cache import bytes_per_token
@@ -100,7 +101,30 @@ def test_every_device_stays_within_its_program_budget():
     assert len(buckets(sizes(SMOLLM2, V5E).scheduler)) <= 32
 
 
-@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
-def test_dtype_follows_the_platform_unless_asked_for(platform, dtype):
-    assert choose_dtype(EngineConfig("model", "cache"), platform) == dtype
-    assert choose_dtype(EngineConfig("model", "cache", dtype="float32"), platform) == "float32"
+AMX = replace(CPU, prefers_bfloat16=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [(CPU, "float32"), (AMX, "bfloat16"), (H200, "bfloat16"), (V5E, "bfloat16")]
+)
+def test_dtype_follows_the_device_unless_asked_for(device, dtype):
+    assert choose_dtype(EngineConfig("model", "cache"), device) == dtype
+    assert choose_dtype(EngineConfig("model", "cache", dtype="float32"), device) == "float32"
+
+
+def test_bfloat16_on_a_cpu_is_said_unless_it_was_asked_for():
+    (note,) = sizes(SMOLLM2, AMX).notes
+    assert "bfloat16" in note and "--dtype float32" in note
+    assert sizes(SMOLLM2, AMX, dtype="bfloat16").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("features", "version", "quick"),
+    [
+        ("fma amx_bf16 amx_tile", (0, 11, 2), True),
+        ("fma amx_bf16", (0, 10, 2), False),
+        ("fma avx512_bf16", (0, 12), False),
+    ],
+)
+def test_a_cpu_prefers_bfloat16_where_it_and_jax_have_amx(features, version, quick):
+    assert prefers_bfloat16(features, version) is quick

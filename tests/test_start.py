@@ -26,8 +26,22 @@ from tests.tiny_llama import numpy_forward, write_tiny_gguf, write_tiny_llama
 
 FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
-SMALL = ("--max-total-tokens", "1024", "--max-running-requests", "2", "--chunked-prefill-size", "16")
-SMALL_ENGINE: dict[str, Any] = {"max_total_tokens": 1024, "max_running": 2, "chunked_prefill_size": 16}
+SMALL = (
+    "--max-total-tokens",
+    "1024",
+    "--max-running-requests",
+    "2",
+    "--chunked-prefill-size",
+    "16",
+    "--dtype",
+    "float32",
+)
+SMALL_ENGINE: dict[str, Any] = {
+    "max_total_tokens": 1024,
+    "max_running": 2,
+    "chunked_prefill_size": 16,
+    "dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import ConfigError, EngineConfig, ModelConfig
 from jaxserve.engine.compile import CompileCounter, enable_persistent_cache
+from jaxserve.engine.processor import cpu_features, prefers_bfloat16
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sizing import DeviceFacts, Sizes, resolve
 from jaxserve.engine.step import StepShape
@@ -99,7 +100,7 @@ def build(config: EngineConfig, report: Report, machines: Machines | None = None
     platform = devices[0].platform
     model = read_model_config(config)
     own = [device for device in devices if device.process_index == jax.process_index()]
-    facts = DeviceFacts(platform, len(own), _memory(own[0]), **gpu_facts(own[0]))
+    facts = DeviceFacts(platform, len(own), _memory(own[0]), **_features_of(own[0]))
     if machines is not None:
         facts = machines.agree(facts)
     blueprint = draw(model, config, facts, lambda sizes: make_mesh(devices[: sizes.dp * sizes.tp], sizes.dp))
@@ -155,6 +156,13 @@ def _attention(config: EngineConfig, device: DeviceFacts, model: ModelConfig, si
         )
     logger.info("attention: %s", attention.name)
     return attention
+
+
+def _features_of(device: jax.Device) -> dict[str, Any]:
+    """Fields of DeviceFacts."""
+    if device.platform == "cpu":
+        return {"prefers_bfloat16": prefers_bfloat16(cpu_features(), jax.__version_info__)}
+    return gpu_facts(device)
 
 
 def _memory(device: jax.Device) -> int | None:

@@ -28,6 +28,8 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from jaxserve.engine.processor import cpu_features
+
 logger = logging.getLogger(__name__)
 
 MISS_EVENT = "/jax/compilation_cache/cache_misses"  # JAX's own, so that one listener counts its cache's and ours
@@ -200,15 +202,6 @@ def environment_of(device: jax.Device, num_devices: int) -> str:
             sorted(flags.items()),
         )
     )
-
-
-def cpu_features() -> str:
-    """Linux: what the processor can do, which code for the CPU is made for; elsewhere its name."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith(("flags", "Features")):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def sources_digest() -> str:

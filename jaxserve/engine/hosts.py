@@ -172,6 +172,7 @@ class Leader:
             facts.capability,
             facts.num_multiprocessors,
             num_nodes=len(told),
+            prefers_bfloat16=all(each.prefers_bfloat16 for each in told.values()),
         )
         for peer in self._peers.values():
             peer.tell(asdict(joint))

@@ -32,7 +32,8 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU); the rest is of GPUs."""
+    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU); prefers_bfloat16 is of CPUs
+    (engine.processor), the rest of GPUs."""
 
     platform: str
     num_devices: int
@@ -40,12 +41,13 @@ class DeviceFacts:
     capability: str | None = None  # compute capability, "9.0"
     num_multiprocessors: int | None = None
     num_nodes: int = 1  # machines that the devices are in
+    prefers_bfloat16: bool = False
 
 
-def choose_dtype(config: EngineConfig, platform: str) -> str:
+def choose_dtype(config: EngineConfig, device: DeviceFacts) -> str:
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if platform == "cpu" else "bfloat16"
+    return "float32" if device.platform == "cpu" and not device.prefers_bfloat16 else "bfloat16"
 
 
 def choose_kv_dtype(config: EngineConfig, dtype: str) -> str:
@@ -101,14 +103,19 @@ def _weights_fit(model: ModelConfig, config: EngineConfig, device: DeviceFacts, 
     """Whether tp devices hold the weights and leave half as much again for the KV cache."""
     if device.memory is None:
         return True
-    return 1.5 * weight_bytes(model, choose_dtype(config, device.platform), tp) < device.memory * config.mem_fraction
+    return 1.5 * weight_bytes(model, choose_dtype(config, device), tp) < device.memory * config.mem_fraction
 
 
 def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Sizes:
     """Raises ConfigError naming the flag when what was asked for does not fit."""
     notes: list[str] = []
-    dtype = choose_dtype(config, device.platform)
+    dtype = choose_dtype(config, device)
     kv_dtype = choose_kv_dtype(config, dtype)
+    if device.platform == "cpu" and config.dtype == "auto" and dtype == "bfloat16":
+        notes.append(
+            "bfloat16, which this processor computes quickest (AMX); with --dtype float32 greedy and seeded text does "
+            "not depend on what else is served"
+        )
     page_size = config.page_size or default_page_size(device.platform)
     dp, tp = choose_mesh(model, config, device)
     # Rows and tokens that a person asks for are those of all ranks together.

@@ -133,7 +133,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(rotate(q, rope), rotate(k, rope), v, cache, layer)
         out = out.reshape(out.shape[0], -1)
-        return self.o(out.T if self.feature_major else out), cache
+        return self.o(_feature_major(out) if self.feature_major else out), cache
 
     def _split(self, x: jax.Array) -> jax.Array:
         """[T, heads * D], or its transpose -> [T, heads, D]."""
@@ -220,6 +220,13 @@ class Llama(nnx.Module):
         self.embed = Embed(config, shares, dtype, layout)
         self.layers = nnx.List([Block(config, shares, dtype, layout) for _ in range(config.num_layers)])
         self.head = Head(config, shares, dtype, layout)
+
+
+def _feature_major(x: jax.Array) -> jax.Array:
+    """[T, features] -> [features, T], in two halves: XLA:CPU folds a plain transpose into the product after it, which
+    then has a form that it has no bfloat16 kernel for, and the weights are converted to float32 in every step."""
+    half = x.shape[1] // 2
+    return jnp.concatenate([x[:, :half].T, x[:, half:].T])
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
