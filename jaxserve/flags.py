@@ -114,7 +114,12 @@ FLAGS: tuple[Flag, ...] = (
         "server.profile_dir",
         "folder that /start_profile writes into (default: profiles in --cache-dir)",
     ),
-    Flag(("--dtype",), "engine.dtype", "of weights and activations", choices=("auto", "float32", "bfloat16")),
+    Flag(
+        ("--dtype",),
+        "engine.dtype",
+        "of weights and activations; auto: bfloat16, on CPUs without AMX float32",
+        choices=("auto", "float32", "bfloat16"),
+    ),
     Flag(
         ("--quantization",),
         "engine.quantization",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
 
 DECODE_BLOCK_TOKENS = 64
-DECODE_TURN_ITEMS = 8  # at least: fewer rows than that take several blocks each in a turn
+DECODE_TURN_ITEMS = 4  # at least: fewer rows than that take several blocks each in a turn
 PREFILL_BLOCK_TOKENS = 128
 _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its rescaling free of NaN
 
@@ -25,7 +25,7 @@ _MASKED = -1e30  # finite: a row that sees nothing yet keeps exp() and its resca
 @dataclass(frozen=True)
 class DecodePlan:
     """A work list: item j is one block of pages of one row, so that a step costs the sum of its contexts, not the
-    number of rows times the longest. N = max(S, 8) items are done at a time, whoever's they are: little enough that a
+    number of rows times the longest. N = max(S, 4) items are done at a time, whoever's they are: little enough that a
     turn's K and V stay in the cores' own caches from the gather to the second product."""
 
     item_rows: jax.Array  # [J] row of each item, J >= S * blocks of the longest row possible; S past the end
