@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import (
@@ -20,13 +21,16 @@ from engines import (
     shared_engine,
     shared_folder,
 )
+from flax import nnx
 from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.compile import StagedStep, WholeStep
 from jaxserve.engine.grammars import load_vocabulary
+from jaxserve.engine.processor import cpu_features, prefers_bfloat16
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.model import llama
+from jaxserve.model.partition import Shares
 from jaxserve.scheduling.scheduler import SchedulerConfig
 from jaxserve.text.grammar import regex
 from jaxserve.types import SamplingParams
@@ -206,3 +210,22 @@ def test_the_tpu_kernels_give_the_same_tokens_as_xla_in_the_engine():
     kinds = {(plan.bucket.num_decode > 0, plan.bucket.num_prefill > 0) for plan in ours.plans}
     assert kinds == {(True, False), (False, True), (True, True)}
     assert got[0].cached_tokens == 32
+
+
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_no_weight_is_converted_where_the_cpu_multiplies_bfloat16(tokens):
+    if not prefers_bfloat16(cpu_features(), jax.__version_info__):
+        pytest.skip("this processor, or this JAX, has no bfloat16 products")
+    config = ModelConfig(1, 576, 9, 3, 64, 1536, 512, 512)
+    block = llama.Block(config, Shares.of(config, 1), jnp.dtype("bfloat16"), llama.Layout.of("cpu"))
+    definition, leaves = nnx.split(block)
+
+    def run(leaves, x, rope):
+        return nnx.merge(definition, leaves)(x, None, 0, rope, lambda q, k, v, cache, layer: (q * 2, cache))[0]
+
+    angles = jnp.zeros((tokens, 32))
+    compiled = jax.jit(run).lower(leaves, jnp.zeros((576, tokens), jnp.bfloat16), (angles, angles)).compile()
+    shapes = {"960,576", "576,576", "3072,576", "576,1536"}
+    text = compiled.as_text()
+    assert all(f"bf16[{shape}]" in text for shape in shapes)
+    assert not [shape for shape in shapes if f"f32[{shape}]" in text]
