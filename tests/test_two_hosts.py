@@ -24,7 +24,16 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc"),
 ]
 TIED: dict[str, Any] = {"seed": 1, "tie": True, "heads": 9, "kv_heads": 3, "head_dim": 24, "embed": 72}
-SIZES = ("--max-total-tokens", "2048", "--max-running-requests", "4", "--chunked-prefill-size", "16")
+SIZES = (
+    "--max-total-tokens",
+    "2048",
+    "--max-running-requests",
+    "4",
+    "--chunked-prefill-size",
+    "16",
+    "--dtype",
+    "float32",
+)
 FOUR_DEVICES = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "NPROC": "16",  # the devices' threads meet in every collective, and two cores would have too few
