@@ -241,7 +241,7 @@ def test_what_differs_between_machines_is_named_before_anything_is_loaded(tiny: 
     address = f"127.0.0.1:{_free_port()}"
     every = ("--model", tiny, "--cache-dir", cache_dir, "--nnodes", "2", "--dist-init-addr", address)
     follower = Machine(*every, "--node-rank", "1", *SIZES, log=tmp_path / "rank1.log", environ=FOUR_DEVICES)
-    flags = (*every, "--node-rank", "0", "--max-running-requests", "3")
+    flags = (*every, "--node-rank", "0", "--max-running-requests", "3", "--dtype", "float32")
     with RealServer(*flags, log=tmp_path / "rank0.log", environ=FOUR_DEVICES) as server:
         assert (server.process.wait(60), follower.process.wait(60)) == (2, 2)
         for output in (server.output(), follower.output()):
