@@ -6,7 +6,7 @@ Slow, and the oracle of all others.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cache import KVCache, pack, quantise, split_scales, unpack
+from kernels_pallas.cache import KVCache, numbers, pack, quantise, split_scales, unpack
 from kernels_pallas.kinds import FULL, LayerKind
 
 
@@ -43,7 +43,7 @@ def attend(
     if cache.scales is not None:
         scales = jnp.moveaxis(cache.scales[layer, page_table], 1, 2).reshape(num_tokens, 2 * num_kv_heads, -1, 1)
         of_k, of_v = split_scales(scales, axis=1)
-        k, v = k.astype(jnp.float32) * of_k, v.astype(jnp.float32) * of_v
+        k, v = numbers(k).astype(jnp.float32) * of_k, numbers(v).astype(jnp.float32) * of_v
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("nkgd,nktd->nkgt", grouped, k, preferred_element_type=jnp.float32)
     scores = kind.capped(scores * kind.scale_of(head_dim))

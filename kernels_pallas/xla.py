@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import writes
-from kernels_pallas.cache import LANES, KVCache, shares_lanes, split_scales
+from kernels_pallas.cache import LANES, KVCache, numbers, shares_lanes, split_scales
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ def _gather(
         rows = flat[index].reshape(*index.shape, page_size, lanes)
         return jnp.moveaxis(rows, 3, 4).reshape(*index.shape[:2], index.shape[2] * page_size, per_head * lanes)
 
-    keys = take(0)
-    values = keys if shared else take(per_head)
+    keys = numbers(take(0))
+    values = keys if shared else numbers(take(per_head))
     if cache.scales is None:
         return keys.astype(q.dtype), values.astype(q.dtype)
     flat_scales = cache.scales.reshape(num_layers * num_pages, *cache.scales.shape[2:])

@@ -6,7 +6,9 @@ must be as it was, bit for bit.
 """
 
 import functools
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,9 +21,19 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import gpu, reference, tpu
+from kernels_pallas import gpu, reference, tpu, xla
 from kernels_pallas.attention import Attention, DecodeRows, PrefillChunks, choose
-from kernels_pallas.cache import KVCache, empty, is_quantised, pack, quantise, rows_per_page, split_scales, unpack
+from kernels_pallas.cache import (
+    KVCache,
+    empty,
+    is_quantised,
+    numbers,
+    pack,
+    quantise,
+    rows_per_page,
+    split_scales,
+    unpack,
+)
 from kernels_pallas.kinds import LayerKind
 
 HAS_GPU_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
@@ -332,7 +344,7 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
         checked = choose_checked(rng, case)
         want, wanted = expect(shape, case, kind, checked, q, k, v, cache)
         out = np.asarray(out, np.float32)
-        assert after.pages.dtype == shape.dtype and out.shape == q.shape
+        assert after.pages.dtype == wanted.pages.dtype and out.shape == q.shape
         assert np.isfinite(out).all(), (
             f"rows {np.unique(case.row_of[~np.isfinite(out).all((1, 2))])} read a poisoned place"
         )
@@ -342,6 +354,25 @@ def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backen
         if is_quantised(shape.dtype):
             assert_equal_where(kept, after.scales, wanted.scales)
     assert "RACE DETECTED" not in capfd.readouterr().out  # what Pallas's interpreter prints
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
+def test_no_step_converts_the_whole_cache(dtype):
+    cache = empty(5, 7, 3, 64, 16, jnp.dtype(dtype))
+    q, kv = jnp.zeros((2, 9, 64)), jnp.zeros((2, 3, 64))
+
+    def step(cache, q, kv, table, lens):
+        work = xla.plan(DecodeRows(table, lens), None, 16)
+        return xla.attend(q, kv, kv, cache, 1, work)
+
+    rows = (jnp.zeros((2, 4), jnp.int32), jnp.ones(2, jnp.int32))
+    text = jax.jit(step, donate_argnums=0).lower(cache, q, kv, *rows).compile().as_text()
+    held = {
+        kind
+        for kind, dims in re.findall(r"\b([a-z]\w+)\[([\d,]+)\]", text)
+        if math.prod(map(int, dims.split(","))) == cache.pages.size
+    }
+    assert len(held) == 1, held
 
 
 def assert_equal_where(kept: np.ndarray, found: jax.Array, wanted: jax.Array) -> None:
@@ -357,8 +388,8 @@ def test_8_bits_of_k_and_v_are_within_a_rounding_of_what_they_were(num_kv_heads,
     k, v = (100 * k).astype(np.float32), v.astype(np.float32)
     k[3], v[4] = 0, 0
     rows, scales = quantise(jnp.asarray(k), jnp.asarray(v), jnp.dtype(dtype))
-    assert rows.dtype == dtype and scales.shape == (7, 2 * num_kv_heads)
-    small = unpack(jnp.swapaxes(rows, 0, 1).astype(jnp.float32), num_kv_heads, head_dim)
+    assert numbers(rows).dtype == dtype and scales.shape == (7, 2 * num_kv_heads)
+    small = unpack(jnp.swapaxes(numbers(rows), 0, 1).astype(jnp.float32), num_kv_heads, head_dim)
     for x, stored, scale in zip((k, v), small, split_scales(scales, axis=1), strict=True):
         got = np.swapaxes(np.asarray(stored), 0, 1) * np.asarray(scale)[..., None]
         largest = np.abs(x).max(-1, keepdims=True)
@@ -378,7 +409,7 @@ def test_the_reference_reads_8_bit_pages_as_the_floats_they_stand_for(head_dim, 
     k, v = (jnp.asarray(x) for x in rng.standard_normal((2, tokens, shape.num_kv_heads, head_dim), np.float32))
     pages = make_cache(rng, shape, case)
     out, written = expect(shape, case, LayerKind(), checked, q, k, v, as_stored(shape, pages))
-    wide = unpack(written.pages.astype(jnp.float32), shape.num_kv_heads, head_dim)
+    wide = unpack(numbers(written.pages).astype(jnp.float32), shape.num_kv_heads, head_dim)
     assert written.scales is not None
     wide = [x * scale[..., None] for x, scale in zip(wide, split_scales(written.scales, axis=2), strict=True)]
     floats = jnp.moveaxis(pack(*(jnp.moveaxis(x, 3, 2) for x in wide)), 2, 3)

@@ -360,7 +360,7 @@ def rounding(dtype: jnp.dtype) -> Callable[[np.ndarray], np.ndarray]:
 
     def round_kv(x: np.ndarray) -> np.ndarray:
         rows, scales = kv_cache.quantise(*2 * (jnp.asarray(x, jnp.float32),), dtype)
-        small, _ = kv_cache.unpack(jnp.swapaxes(rows, 0, 1), *x.shape[1:])
+        small, _ = kv_cache.unpack(jnp.swapaxes(kv_cache.numbers(rows), 0, 1), *x.shape[1:])
         return np.swapaxes(np.asarray(small, np.float64), 0, 1) * np.asarray(scales)[:, ::2, None]
 
     return round_kv
@@ -384,7 +384,7 @@ def assert_holds_rounded_kv(
 def test_the_engine_computes_with_an_8_bit_cache_as_with_the_numbers_it_holds(dtype, rng):
     """Prompts in chunks, cached prefixes and decoded tokens, of K and V that were rounded when they were written."""
     engine = build_engine(shared_folder("grouped"), **SMALL, kv_cache_dtype=dtype)
-    held = engine.runner._state.cache.pages.dtype
+    held = kv_cache.numbers(engine.runner._state.cache.pages[0, 0]).dtype
     assert held == {"int8": "int8", "fp8": "float8_e4m3fn"}[dtype]
     driver = Driver(engine.runner, engine.sizes.scheduler)
     weights = read_safetensors(shared_folder("grouped"))
