@@ -68,6 +68,14 @@ class Server:
         self.read(self.scheduler.abort(ids))
         self.check()
 
+    def abort_now_and_then(self, rng: random.Random, aborted: set[int]) -> None:
+        """Any request, ended ones too, and one that was never there; aborted takes in one that had not ended."""
+        if self.answers and rng.random() < 0.03:
+            victim = rng.choice(list(self.answers))
+            if victim not in self.reasons:
+                aborted.add(victim)
+            self.abort(victim, 10**9)
+
     def read(self, events: StepEvents) -> None:
         columns = (events.request_ids, events.token_ids, events.finish_reasons, events.cached_tokens, events.logprobs)
         for request_id, token, reason, cached, logprobs in zip(*columns, strict=True):
@@ -216,11 +224,7 @@ def serve_random(seed: int, count: int = 20, depth: int | None = None) -> Server
         for _ in range(rng.randint(0, 3)):
             if todo:
                 server.add(todo.pop(0))
-        if server.answers and rng.random() < 0.03:
-            victim = rng.choice(list(server.answers))
-            if victim not in server.reasons:
-                aborted.add(victim)
-            server.abort(victim, 10**9)
+        server.abort_now_and_then(rng, aborted)
         if rng.random() < 0.01:
             server.scheduler.flush_cache()
             server.check()

@@ -81,11 +81,7 @@ def test_random_workloads_answer_right_on_every_rank():
             for _ in range(rng.randint(0, 6)):
                 if todo:
                     server.add(todo.pop(0))
-            if server.answers and rng.random() < 0.03:
-                victim = rng.choice(list(server.answers))
-                if victim not in server.reasons:
-                    aborted.add(victim)
-                server.abort(victim, 10**9)
+            server.abort_now_and_then(rng, aborted)
             server.turn()
         server.finish()
         server.verify(requests, frozenset(aborted))
