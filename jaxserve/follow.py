@@ -7,7 +7,6 @@ for anything else, the loss of another machine among it.
 
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from checkpoints.hub import HubError, resolve_model
-from jaxserve.child import ENVIRONMENT, run_engine
+from jaxserve.child import end_engine, start_engine
 from jaxserve.config import Cluster, EngineConfig
 from jaxserve.flags import Options
 from jaxserve.progress import StageReporter
@@ -58,19 +57,15 @@ class Follower:
         except (HubError, OSError, ValueError) as error:
             log.error("%s", error)
             return 2
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=run_engine, args=(theirs, config), name="jaxserve-engine", daemon=False)
         self._spawned = True
-        process.start()
-        theirs.close()  # so that the end of the child is the end of the pipe
+        process = start_engine(context, theirs, config)
         try:
             return self._watch(ours, process)
         finally:
             self._reporter.finish()
-            _end(process)
+            end_engine(process, END_SECONDS)
 
     def _engine_config(self) -> EngineConfig:
         """Brings the model. Raises HubError, OSError, ValueError."""
@@ -139,11 +134,3 @@ class Follower:
         how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
         log.error("the engine of rank %d %s", self._cluster.rank, how)
         return 1
-
-
-def _end(process: Any) -> None:
-    process.join(END_SECONDS)
-    for harder in (process.terminate, process.kill):
-        if process.is_alive():
-            harder()
-            process.join(2)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from checkpoints.hub import HubError, ResolvedModel, resolve_model
-from jaxserve.child import ENVIRONMENT, run_engine
+from jaxserve.child import end_engine, run_engine, start_engine
 from jaxserve.client import EngineClient, EngineUnavailable
 from jaxserve.cluster import find_cluster, google_metadata
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, default_cache_dir, default_storage_path
@@ -272,14 +272,7 @@ class FrontEnd:
             orbax_path=resolved.orbax_path,
             **options.engine,
         )
-        for name, value in ENVIRONMENT.items():  # read at a process's start, so nothing changes in this one
-            os.environ.setdefault(name, value)
-        # Not a daemon: daemons are killed at exit without a word, and this one is asked to stop.
-        self.process = self.context.Process(
-            target=self.engine, args=(self.theirs, engine_config), name="jaxserve-engine", daemon=False
-        )
-        self.process.start()
-        self.theirs.close()  # so that the end of the child is the end of the pipe
+        self.process = start_engine(self.context, self.theirs, engine_config, self.engine)
         self.serving.tokenizer = await _in_thread(lambda: load_tokenizer(resolved.folder, config))
         ready = await self.client.wait_ready()
         if config.max_queued_requests is not None:
@@ -351,14 +344,7 @@ class FrontEnd:
                 log.error("the service failed while it stopped", exc_info=error)
         await self.client.close()
         if self.process is not None:
-            await _in_thread(self._end_process)
-
-    def _end_process(self) -> None:
-        self.process.join(ENGINE_EXIT_TIMEOUT)
-        for harder in (self.process.terminate, self.process.kill):
-            if self.process.is_alive():
-                harder()
-                self.process.join(2)
+            await _in_thread(lambda: end_engine(self.process, ENGINE_EXIT_TIMEOUT))
 
 
 def load_tokenizer(model_folder: str, config: ServerConfig) -> Tokenizer:
