@@ -295,14 +295,11 @@ class FrontEnd:
     async def _report_stages(self) -> None:
         reporter = StageReporter(sys.stderr)
         try:
-            while (stage := self.serving.stage()) is not None:
-                if stage["status"] != "starting":
-                    return
+            while (stage := self.serving.stage()) is not None and stage["status"] == "starting":
                 reporter.show(stage["stage"], stage["done"], stage["total"], stage["message"])
                 await asyncio.sleep(POLL_SECONDS)
-            reporter.finish(complete=True)
         finally:
-            reporter.finish()
+            reporter.finish(self.client.progress, complete=self.client.ready is not None)
 
     def _announce(self, ready: Ready) -> None:
         config = self.serving.config

@@ -339,7 +339,7 @@ class _Background:
                     raise ConfigError(failure.message) from None
                 raise
         if reporter is not None:
-            reporter.finish(complete=True)
+            reporter.finish(self.client.progress, complete=True)
         return ready
 
     def stream(self, tokenizer: Tokenizer, job: _Job) -> Iterator[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
+from jaxserve.types import Progress
+
 # Moves to the start of the line and clears it. Log lines on a terminal begin with it too, so that they replace the
 # progress line instead of being written behind it; the progress line comes back with its next update.
 CLEAR_LINE = "\r\x1b[K"
@@ -54,8 +56,14 @@ class StageReporter:
             self.out.write(CLEAR_LINE + " | ".join(parts)[:width])
             self.out.flush()
 
-    def finish(self, *, complete: bool = False) -> None:
-        """Ends every open stage with what it came to; complete: the start succeeded, so all of it was done."""
+    def finish(self, last: Progress | None = None, *, complete: bool = False) -> None:
+        """Ends every open stage with what it came to; complete: the start succeeded, so all of it was done.
+
+        last: what was reported at the very end of such a start; a stage shorter than the time between two calls of
+        show() gets its line by it.
+        """
+        if complete and last is not None:
+            self.show(last.stage, last.done, last.total, last.message)
         for stage in list(self.open):
             self._end(stage, complete)
 

@@ -149,6 +149,14 @@ class Engines:
             assert stats is None or (stats.num_held_pages == 0 and stats.num_running == 0), stats
 
 
+def alive(pid: int) -> bool:
+    """False for a zombie too: its parent is gone or has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -15,8 +15,10 @@ import pytest
 
 from jaxserve.launch import LogFormatter, ProbeFilter
 from jaxserve.progress import CLEAR_LINE, StageReporter, describe
+from jaxserve.types import Progress
 from jaxserve.utils import _free_port, launch_server, launch_server_cmd, terminate_process, wait_for_server
 from tests.fakes import write_byte_level
+from tests.real_engines import alive, eventually
 
 PROC = Path("/proc/self/environ")  # Linux
 DRIVER = Path(__file__).with_name("scripted_server.py")
@@ -70,11 +72,7 @@ class Launched:
         return Path(f"/proc/{int(self.pid_file.read_text())}/environ").read_text().split("\0")
 
     def engine_alive(self) -> bool:
-        try:
-            os.kill(int(self.pid_file.read_text()), 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return alive(int(self.pid_file.read_text()))
 
     def open_stream(self):
         body = {"model": "model", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
@@ -82,15 +80,6 @@ class Launched:
         stream = urllib.request.urlopen(request, timeout=20)
         stream.readline()
         return stream
-
-
-def eventually(condition, seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -229,6 +218,19 @@ def test_stages_that_take_turns_are_one_line_each_and_counts_are_said_once():
     lines = [line.rpartition(",")[0] for line in out.getvalue().splitlines()]
     assert lines == ["loaded 18.9/18.9 MB", "compiled 8/8", "warmed up 2/2"]
     assert describe("compile", 8, 8, "compiled 8/8, 0 s left", 1.0) == "compiled 8/8, 0 s left"
+
+
+def test_a_stage_that_nobody_saw_is_said_at_the_end_of_a_start():
+    import io
+
+    out = io.StringIO()
+    reporter = StageReporter(out)
+    reporter.show("compile", 7, 9, "")
+    reporter.finish(Progress("warmup", 2, 2, "ran 2/2"), complete=True)
+    assert [line.rpartition(",")[0] for line in out.getvalue().splitlines()] == ["compiled 9/9", "warmed up 2/2"]
+    reporter.show("compile", 7, 9, "")
+    reporter.finish(Progress("warmup", 0, 2, ""))
+    assert out.getvalue().splitlines()[2:] == ["compiled 7/9"], "a start that failed has not warmed up"
 
 
 def test_a_stage_lasts_until_its_own_end_though_another_goes_on():

@@ -21,7 +21,7 @@ from jaxserve.config import ConfigError
 from jaxserve.llm import LLM
 from jaxserve.text.params import ParameterError
 from tests.api_server import error_of
-from tests.real_engines import RealServer, eventually
+from tests.real_engines import RealServer, alive, eventually
 from tests.tiny_llama import numpy_forward, write_tiny_gguf, write_tiny_llama
 
 FULL = bool(os.environ.get("JAXSERVE_SLOW"))  # make test-all
@@ -76,14 +76,6 @@ def _stages_until_ready(server: RealServer) -> dict[str, list[int]]:
         time.sleep(0.05)
 
 
-def _alive(pid: int) -> bool:
-    """False for a zombie too: its parent is gone or has not looked yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @linux
 @pytest.mark.timeout(600)
 def test_two_starts_in_a_row_and_both_ways_to_be_killed(tiny: Path, tmp_path: Path):
@@ -98,7 +90,7 @@ def test_two_starts_in_a_row_and_both_ways_to_be_killed(tiny: Path, tmp_path: Pa
         children = first.children()
         assert children
         first.kill()
-        assert eventually(lambda: not any(map(_alive, children)), 2), "a child outlived the killed server by 2 s"
+        assert eventually(lambda: not any(map(alive, children)), 2), "a child outlived the killed server by 2 s"
 
     started = time.monotonic()
     with RealServer(*flags, log=tmp_path / "second.log", port=first.port) as second:
@@ -114,7 +106,7 @@ def test_two_starts_in_a_row_and_both_ways_to_be_killed(tiny: Path, tmp_path: Pa
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", second.port))
-        assert eventually(lambda: not any(map(_alive, children)), 2)
+        assert eventually(lambda: not any(map(alive, children)), 2)
 
 
 @pytest.mark.slow

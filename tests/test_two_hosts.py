@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from jaxserve.utils import _free_port
-from tests.real_engines import ROOT, RealServer, eventually
+from tests.real_engines import ROOT, RealServer, alive, eventually
 from tests.tiny_llama import write_tiny_llama
 
 pytestmark = [
@@ -280,7 +280,7 @@ def test_a_follower_that_waits_leaves_when_it_is_told(tiny: str, cache_dir: str,
     family = follower.family()
     follower.process.terminate()
     assert follower.process.wait(20) == 0
-    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family), 5)
+    assert eventually(lambda: not any(map(alive, family)), 5)
     assert "Traceback" not in follower.output()
 
 

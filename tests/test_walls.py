@@ -45,7 +45,7 @@ ROOMS = {
     "jaxserve.cluster_flags": room(2, "jaxserve.flag_file jaxserve.flag_values"),
     "jaxserve.cluster": room(2, "jaxserve.config"),
     "jaxserve.foreign_flags": room(1),
-    "jaxserve.progress": room(1),
+    "jaxserve.progress": room(2, "jaxserve.types"),
     "jaxserve.utils": room(1),
     "jaxserve.connection": room(1, others="uvicorn"),
     "jaxserve.store": room(1),
