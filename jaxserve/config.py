@@ -389,7 +389,7 @@ class EngineConfig:
     quantization: Literal["auto", "none", "int8", "fp8"] = "auto"  # of the layers' matrices; auto: as stored
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"  # auto: that of the activations
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    attention_backend: Literal["auto", "pallas", "xla"] = "auto"  # auto: pallas on TPU and Hopper, xla elsewhere
+    attention_backend: Literal["auto", "pallas", "numba", "xla"] = "auto"  # see kernels_pallas.attention.choose
     tp_size: int | None = None  # devices that share out the heads of every layer
     dp_size: int | None = None  # ranks of tp_size devices that serve rows of their own; both None: all devices
     max_model_len: int | None = None

@@ -150,7 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         ("--attention-backend",),
         "engine.attention_backend",
-        "auto: pallas on TPU, Hopper; else xla",
+        "auto: pallas on TPU and Hopper, numba on CPU; else xla",
         foreign.attention_backend,
     ),
     Flag(

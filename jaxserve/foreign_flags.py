@@ -96,7 +96,7 @@ _FOREIGN_BACKENDS = {
     *("xformers", "flex_attention", "flashmla", "cutlass_mla", "trtllm_mla", "trtllm_mha", "aiter", "wave", "ascend"),
     *("dual_chunk_flash_attn", "intel_amx"),
 }
-_OUR_BACKENDS = ("auto", "pallas", "xla")
+_OUR_BACKENDS = ("auto", "pallas", "numba", "xla")
 
 # Other servers' names for ways of writing that are served here.
 _TOOL_PARSERS = {
@@ -152,7 +152,9 @@ def attention_backend(text: str) -> str:
     return value
 
 
-attention_backend.__name__ = "`auto`, `pallas`, `xla`"  # as argparse and docs/flags.md print it
+attention_backend.__name__ = ", ".join(
+    f"`{value}`" for value in _OUR_BACKENDS
+)  # as argparse and docs/flags.md print it
 
 
 def drop_foreign_backend(engine: dict[str, Any]) -> tuple[str, ...]:

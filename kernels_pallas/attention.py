@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import tpu, xla
+from kernels_pallas import cpu, tpu, xla
 from kernels_pallas.cache import KVCache, is_quantised
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
@@ -64,13 +64,21 @@ def choose(
     capability: str | None = None,
     num_multiprocessors: int | None = None,
 ) -> Attention:
-    """The backend for a JAX platform name: "pallas", "xla", or with "auto" our kernels where there are some.
+    """The backend for a JAX platform name: "pallas", "numba" (CPU), "xla", or with "auto" our kernels where there are
+    some.
 
     "pallas" on the CPU runs the TPU kernels interpreted: right, and slow; for tests. Every backend attends with the
     heads of one device: who shares heads out over several calls it on each. num_kv_heads: of one device; dtype: of the
     cache; activations: the dtype of q, k and v, None: dtype; the rest: what gpu_facts says of a GPU. Raises ValueError
     where there is no such backend.
     """
+    if platform == "cpu" and wanted in ("auto", "numba"):
+        missing = cpu.why_not(dtype, activations)
+        if missing is None:
+            return Attention("numba (machine code of its own for decode rows, XLA for prefill)", cpu.plan, cpu.attend)
+        if wanted == "numba":
+            raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
+        return Attention(f"xla ({missing})", xla.plan, xla.attend)
     missing = None if platform in ("tpu", "cpu") else f"there are no kernels for {platform}"
     if is_gpu := platform in ("gpu", "cuda", "rocm"):
         from kernels_pallas import gpu  # a second that other devices need not wait
@@ -81,11 +89,11 @@ def choose(
     if missing is None and activations is not None and dtype != activations:
         given = f"{jnp.dtype(dtype).name}, and q {jnp.dtype(activations).name}"
         missing = f"the {'Hopper' if is_gpu else 'TPU'} kernels need a cache of q's dtype; this is {given}"
-    if wanted == "xla" or (wanted == "auto" and (missing or platform == "cpu")):
-        name = f"xla ({missing})" if wanted == "auto" and missing and platform != "cpu" else "xla"
+    if wanted == "xla" or (wanted == "auto" and missing):
+        name = f"xla ({missing})" if wanted == "auto" else "xla"
         return Attention(name, xla.plan, xla.attend)
     if wanted not in ("auto", "pallas"):
-        raise ValueError(f"no attention backend {wanted!r}; there are auto, pallas and xla")
+        raise ValueError(f"no attention backend {wanted!r}; there are auto, pallas, xla, and numba on the CPU")
     if missing:
         raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
     if is_gpu:

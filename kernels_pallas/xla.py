@@ -50,7 +50,7 @@ def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: i
     """See kernels_pallas.attention."""
     return Work(
         decode=None if rows is None else _plan_decode(rows, page_size, kind),
-        prefill=None if chunks is None else _plan_prefill(chunks, page_size, kind),
+        prefill=None if chunks is None else plan_prefill(chunks, page_size, kind),
         kind=kind,
         writes=writes.plan(rows, chunks, page_size),
     )
@@ -67,7 +67,7 @@ def attend(
     if decode_plan is not None:
         outs.append(_decode(q[:num_decode], cache, k.shape[1], layer, decode_plan, work.kind))
     if prefill_plan is not None:
-        outs.append(_prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
+        outs.append(prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
 
 
@@ -98,7 +98,7 @@ def _work_list(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, ja
     return row, jnp.where(used, item - (ends - counts)[row], 0), used, ends[-1]
 
 
-def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> PrefillPlan:
+def plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> PrefillPlan:
     num_rows, max_pages = chunks.page_table.shape
     num_tokens = chunks.positions.shape[0]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)
@@ -173,7 +173,7 @@ def _merge(carry: tuple[jax.Array, ...], items: tuple[jax.Array, ...], rows: jax
     return new_maximum, total, out
 
 
-def _prefill(
+def prefill(
     q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan, kind: LayerKind
 ) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].

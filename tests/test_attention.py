@@ -59,12 +59,14 @@ def interpreted_gpu() -> Attention:
 # Name -> the backend. The TPU's kernels run interpreted; small blocks make rows of several.
 RACES = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
 BACKENDS: dict[str, Attention] = {
-    "xla": choose("cpu"),
+    "xla": choose("cpu", "xla"),
+    "numba": choose("cpu", "numba"),
     "tpu": interpreted_tpu(True),
     "tpu-races": interpreted_tpu(RACES),
     "gpu-races": interpreted_gpu(),
 }
 
+NUMBA = "numba (machine code of its own for decode rows, XLA for prefill)"
 NUM_LAYERS, LAYER = 3, 1
 TOLERANCE = {
     "float32": 1e-5,
@@ -142,7 +144,7 @@ TPU_SHAPES = [
     Shape(128, 64, 8, 1, "mixed", "bfloat16", "window"),  # blocks of one page
     Shape(256, 16, 2, 1, "mixed", kind="both"),  # two rows for K and for V
 ]
-CASES = [("xla", shape) for shape in SHAPES]
+CASES = [(backend, shape) for shape in SHAPES for backend in ("xla", "numba") if backend == "xla" or shape.num_decode]
 CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES) if not is_quantised(shape.dtype)]
 CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed", kind="window"))]
 # An interpreted GPU block takes about a second: fewer heads, pages and tokens.
@@ -473,7 +475,8 @@ def test_packed_rows_unpack_to_the_same_k_and_v(num_kv_heads, head_dim, rng):
 @pytest.mark.parametrize(
     ("platform", "wanted", "facts", "name"),
     [
-        ("cpu", "auto", {}, "xla"),
+        ("cpu", "auto", {}, NUMBA),
+        ("cpu", "xla", {}, "xla"),
         ("tpu", "auto", {}, "pallas (the TPU kernels)"),
         ("tpu", "xla", {}, "xla"),
         ("gpu", "xla", {"capability": "9.0"}, "xla"),
@@ -485,7 +488,7 @@ def test_packed_rows_unpack_to_the_same_k_and_v(num_kv_heads, head_dim, rng):
         ),
         ("gpu", "auto", {}, "xla (the GPU kernels need compute capability 9.0 (Hopper); this is unknown)"),
         ("METAL", "auto", {}, "xla (there are no kernels for METAL)"),
-        ("cpu", "auto", {"dtype": jnp.int8, "activations": jnp.float32}, "xla"),
+        ("cpu", "auto", {"dtype": jnp.int8, "activations": jnp.float32}, NUMBA),
         ("tpu", "auto", {"dtype": jnp.int8}, "xla (the TPU kernels need a float cache; this is int8)"),
         (
             "tpu",
@@ -525,7 +528,7 @@ def test_hopper_has_kernels_for_a_bfloat16_cache_and_pages_of_64_tokens():
             "this is float8_e4m3fn; 'xla' runs",
         ),
         ("cpu", "pallas", {"dtype": jnp.int8, "activations": jnp.float32}, "float cache; this is int8"),
-        ("cpu", "triton", {}, "there are auto, pallas and xla"),
+        ("cpu", "triton", {}, "there are auto, pallas, xla, and numba"),
     ],
 )
 def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(platform, wanted, facts, said):

@@ -50,7 +50,7 @@ ROOMS = {
     "jaxserve.connection": room(1, others="uvicorn"),
     "jaxserve.store": room(1),
     "jaxserve.store.postgres": room(2, "jaxserve.store", "psycopg psycopg_pool"),
-    "kernels_pallas": room(1, others="jax numpy"),
+    "kernels_pallas": room(1, others="jax numpy ml_dtypes numba llvmlite"),
     "checkpoints": room(1, others="jax numpy ml_dtypes orbax tensorstore gguf tokenizers huggingface_hub tqdm"),
     "jaxserve.flags": room(
         3,

@@ -24,6 +24,7 @@ from jaxserve.model.llama import Layout
 from jaxserve.model.partition import Shares
 from jaxserve.model.sharding import Params, describe, make_mesh
 from jaxserve.model.stacked import abstract, period_of
+from kernels_pallas import cpu
 from kernels_pallas.attention import Attention, choose, gpu_facts
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def _attention(config: EngineConfig, device: DeviceFacts, model: ModelConfig, si
 def _features_of(device: jax.Device) -> dict[str, Any]:
     """Fields of DeviceFacts."""
     if device.platform == "cpu":
-        return {"prefers_bfloat16": prefers_bfloat16(cpu_features(), jax.__version_info__)}
+        quick = prefers_bfloat16(cpu_features(), jax.__version_info__)
+        return {"prefers_bfloat16": quick, "machine_code": cpu.why_not() is None}
     return gpu_facts(device)
 
 

@@ -32,6 +32,9 @@ from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
 logger = logging.getLogger(__name__)
 
+# XLA:CPU hands operations that do not depend on each other to several threads, which then are in the way of those that
+# a step of few tokens is computed by (kernels_pallas.machine_code).
+_IN_ORDER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -264,6 +267,15 @@ class _Builder:
             self.add(("pick", bucket), lambda: self._lower_pick(bucket))
         self.add(("finish", bucket.num_rows), lambda: self._lower_finish(bucket))
 
+    def _layers_per_program(self, bucket: Bucket) -> int | None:
+        """All of them in a step of few tokens: calls of machine code compile at once, and between programs the threads
+        change."""
+        size = self.target.layers_per_program
+        return len(self.target.params.layers) if size is not None and self._is_few(bucket) else size
+
+    def _is_few(self, bucket: Bucket) -> bool:
+        return bucket.num_tokens <= self.target.shape.layout.few_tokens
+
     def _lower_begin(self, bucket: Bucket) -> Any:
         t = self.target
         return self._lower(*self._begin(bucket), (t.params.embed, t.state.last_token, self._vector(bucket)))
@@ -276,12 +288,17 @@ class _Builder:
     def _lower_layers(self, bucket: Bucket) -> Any:
         t = self.target
         hidden, shared = self._begun(bucket)
-        some = t.params.layers[: t.layers_per_program]
+        some = t.params.layers[: self._layers_per_program(bucket)]
         first = t.spread.abstract((), jnp.int32, EVERYWHERE)
         ins = (specs_of(some), self._tokens, PAGES, EVERYWHERE, STACKED)
         layers = functools.partial(run_layers, shape=t.shape)
         return self._lower(
-            layers, ins, (self._tokens, PAGES), (some, hidden, t.state.cache, first, shared), donate=(1, 2)
+            layers,
+            ins,
+            (self._tokens, PAGES),
+            (some, hidden, t.state.cache, first, shared),
+            donate=(1, 2),
+            few=self._is_few(bucket),
         )
 
     def _lower_pick(self, bucket: Bucket) -> Any:
@@ -300,7 +317,8 @@ class _Builder:
         ins = (specs_of(t.params.embed), specs_of(t.params.head), self._tokens, BY_RANK, BY_RANK, STACKED, BY_RANK)
         state = (t.state.last_token, t.state.sampling)
         arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
-        return self._lower(finish, ins, (BY_RANK, BY_RANK, TOLD), arguments, donate=(3, 4))
+        few = bucket.num_rows <= t.shape.layout.few_tokens
+        return self._lower(finish, ins, (BY_RANK, BY_RANK, TOLD), arguments, donate=(3, 4), few=few)
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:
         """Abstract (hidden, shared) after `begin`."""
@@ -311,7 +329,7 @@ class _Builder:
         return self._begun_by_bucket[bucket]
 
     def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
-        size = self.target.layers_per_program
+        size = self._layers_per_program(bucket)
         if size is None:
             return WholeStep(done["step", bucket])
         firsts = range(0, len(self.target.params.layers), size)
@@ -351,8 +369,11 @@ class _Builder:
         outs: tuple[Any, ...],
         arguments: tuple[Any, ...],
         donate: tuple[int, ...] = (),
+        *,
+        few: bool = False,
     ) -> Any:
-        """Unused arguments stay, so that the text of a lowered program says which argument is which."""
+        """Unused arguments stay, so that the text of a lowered program says which argument is which. few: of a step of
+        few tokens."""
         spread = self.target.spread
         outputs = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(function, ins, outs, arguments))
         jitted = jax.jit(
@@ -360,7 +381,7 @@ class _Builder:
             donate_argnums=donate,
             out_shardings=outputs,
             keep_unused=True,
-            compiler_options=spread.compiler_options,
+            compiler_options=_IN_ORDER if few else spread.compiler_options,
         )
         return jitted.lower(*arguments)
 

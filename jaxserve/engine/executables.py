@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import stat
 import tempfile
 import threading
@@ -29,12 +30,14 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from jaxserve.engine.processor import cpu_features
+from kernels_pallas import cpu
 
 logger = logging.getLogger(__name__)
 
 MISS_EVENT = "/jax/compilation_cache/cache_misses"  # JAX's own, so that one listener counts its cache's and ours
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 MAX_BYTES = 1 << 30  # beyond that the files not used for longest go
+_OUR_CALLS = re.compile(r"custom_call @(jaxserve_\w+)")
 _FORMAT = b"jaxserve-program-1\n"
 _DIGEST_BYTES = 32
 _SOURCES = ("jaxserve/config.py", "jaxserve/types.py", "jaxserve/engine", "jaxserve/model", "jaxserve/scheduling")
@@ -66,11 +69,12 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A program on disk, and how its arguments and results are nested."""
+    """A program on disk, how its arguments and results are nested, and what machine code of ours it calls."""
 
     name: str
     in_tree: Any
     out_tree: Any
+    calls: frozenset[str] = frozenset()
 
 
 class ExecutableStore:
@@ -108,8 +112,10 @@ class ExecutableStore:
         """-> where a lowered program belongs, and the program: from its file, unless anew, else compiled and kept.
         Thread-safe."""
         in_tree = jax.tree.structure(lowered.args_info)
-        told = [self._environment, key, str(in_tree), str(lowered.out_tree), str(lowered.args_info), lowered.as_text()]
-        entry = Entry("program-" + _digest(told), in_tree, lowered.out_tree)
+        text = lowered.as_text()
+        told = [self._environment, key, str(in_tree), str(lowered.out_tree), str(lowered.args_info), text]
+        calls = frozenset(_OUR_CALLS.findall(text))
+        entry = Entry("program-" + _digest(told), in_tree, lowered.out_tree, calls)
         program = None if anew else self._load(entry)
         if program is None:
             hits = self._cache_hits.here
@@ -131,6 +137,8 @@ class ExecutableStore:
     def _load(self, entry: Entry) -> Any | None:
         path = os.path.join(self._folder, entry.name)
         try:
+            for call in sorted(entry.calls):
+                cpu.register(call)
             program = serialize_executable.deserialize_and_load(
                 _read(path), entry.in_tree, entry.out_tree, execution_devices=self._devices
             )

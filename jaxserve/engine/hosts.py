@@ -173,6 +173,7 @@ class Leader:
             facts.num_multiprocessors,
             num_nodes=len(told),
             prefers_bfloat16=all(each.prefers_bfloat16 for each in told.values()),
+            machine_code=all(each.machine_code for each in told.values()),
         )
         for peer in self._peers.values():
             peer.tell(asdict(joint))

@@ -32,8 +32,8 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU); prefers_bfloat16 is of CPUs
-    (engine.processor), the rest of GPUs."""
+    """platform "cpu", "gpu" or "tpu"; memory in bytes of one device (None on CPU); prefers_bfloat16
+    (engine.processor) and machine_code (kernels_pallas.cpu) are of CPUs, the rest of GPUs."""
 
     platform: str
     num_devices: int
@@ -42,6 +42,7 @@ class DeviceFacts:
     num_multiprocessors: int | None = None
     num_nodes: int = 1  # machines that the devices are in
     prefers_bfloat16: bool = False
+    machine_code: bool = False
 
 
 def choose_dtype(config: EngineConfig, device: DeviceFacts) -> str:
@@ -148,7 +149,7 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
         page_size=page_size,
         max_model_len=wanted,
         max_running=max_running,
-        decode_buckets=_decode_ladder(max_running, device.platform, dtype),
+        decode_buckets=_decode_ladder(max_running, device, dtype),
         prefill_buckets=prefill,
         mixed=(device.platform != "cpu") if config.mixed_chunk is None else config.mixed_chunk,
         policy=config.schedule_policy,
@@ -204,10 +205,10 @@ def _num_pages(max_tokens: int | None, room: int | None, page_size: int, token_b
     return pages - pages % _POOL_GRAIN if pages > 4 * _POOL_GRAIN else pages
 
 
-def _decode_ladder(max_running: int, platform: str, dtype: str) -> tuple[int, ...]:
-    """Powers of two (of four above 16 on accelerators, where a wider step costs little) up to max_running. On the CPU a
-    product with one row is the quickest in float32, and slower than one with two in bfloat16."""
-    smallest = (1 if dtype == "float32" else 2) if platform == "cpu" else 8
+def _decode_ladder(max_running: int, device: DeviceFacts, dtype: str) -> tuple[int, ...]:
+    """Powers of two (of four above 16 on accelerators, where a wider step costs little) up to max_running. By XLA on
+    the CPU, a product with one row is slower than one with two in bfloat16."""
+    smallest = (1 if device.machine_code or dtype == "float32" else 2) if device.platform == "cpu" else 8
     sizes = []
     size = smallest
     while size < max_running:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxserve.config import ModelConfig, Quantization, RopeScaling
 from jaxserve.model import quant
 from jaxserve.model.partition import Shares
+from kernels_pallas import cpu
 
 # (q [T, H, D], k [T, K, D], v [T, K, D], cache, layer) -> (out [T, H, D], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -31,15 +32,18 @@ class Layout:
 
     feature_major (CPU): activations are [features, T], every kernel [out, in] as published, and projections that share
     an input share a kernel. Otherwise activations are [T, features] and kernels [in, out], except that out_in (TPU)
-    keeps q, k, v and the head [out, in], which the compiler would copy in every step.
+    keeps q, k, v and the head [out, in], which the compiler would copy in every step. few_tokens (CPU): products of up
+    to so many tokens are kernels_pallas.cpu's.
     """
 
     feature_major: bool = False
     out_in: bool = False
+    few_tokens: int = 0
 
     @classmethod
     def of(cls, platform: str) -> "Layout":
-        return cls(feature_major=platform == "cpu", out_in=platform in ("cpu", "tpu"))
+        few_tokens = cpu.MOST_TOKENS if platform == "cpu" and cpu.why_not() is None else 0
+        return cls(feature_major=platform == "cpu", out_in=platform in ("cpu", "tpu"), few_tokens=few_tokens)
 
 
 class Linear(nnx.Module):
@@ -62,19 +66,23 @@ class Linear(nnx.Module):
         adds_up: bool = False,
     ):
         self.adds_up = adds_up
-        self.feature_major = layout.feature_major
+        self.feature_major, self.few_tokens = layout.feature_major, layout.few_tokens
         self.out_in = layout.feature_major or (layout.out_in and out_in)
         shape = (outputs, inputs) if self.out_in else (inputs, outputs)
         self.kernel = nnx.Param(jnp.zeros(shape, dtype if quantization is None else quant.DTYPES[quantization]))
         self.kernel_scale = None if quantization is None else nnx.Param(jnp.ones(outputs, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, gated: bool = False) -> jax.Array:
+        """gated: see kernels_pallas.cpu.product, which it is left to."""
         kernel = self.kernel[...]
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
         bias = None if self.bias is None else self.bias[...]
         if self.feature_major:
-            out = self._sum(quant.product("oi,it->ot", kernel, x, scale))
+            if x.shape[1] <= self.few_tokens:
+                out = self._sum(cpu.product(kernel, x, scale, gated=gated))
+            else:
+                out = self._sum(quant.product("oi,it->ot", kernel, x, scale))
             return out if bias is None else out + bias[:, None]
         out = self._sum(quant.product("ti,oi->to" if self.out_in else "ti,io->to", x, kernel, scale))
         return out if bias is None else out + bias
@@ -96,7 +104,12 @@ class Joint(nnx.Module):
         if len(self.parts) == len(self.outputs):
             return [part(x) for part in self.parts]
         borders = np.cumsum(self.outputs)[:-1].tolist()
-        return jnp.split(self.parts[0](x), borders, axis=0)
+        return jnp.split(self.whole(x), borders, axis=0)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """One array, where there is one kernel."""
+        (part,) = self.parts
+        return part(x)
 
 
 class RMSNorm(nnx.Module):
@@ -145,10 +158,13 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "layout": layout}
         options["quantization"] = config.quantization
+        self.few_tokens = layout.few_tokens
         self.gate_up = Joint(config.embed_dim, (shares.mlp_dim, shares.mlp_dim), **options)
         self.down = Linear(shares.mlp_dim, config.embed_dim, adds_up=shares.tp > 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if x.shape[1] <= self.few_tokens:
+            return self.down(self.gate_up.whole(x), gated=True)
         gate, up = self.gate_up(x)
         return self.down(jax.nn.silu(gate) * up)
 
@@ -192,7 +208,7 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype, layout)
         self.feature_major, self.shared_out = layout.feature_major, shares.tp > 1
-        self.vocab_size = config.vocab_size
+        self.few_tokens, self.vocab_size = layout.few_tokens, config.vocab_size
         tied = config.tie_embeddings and layout.out_in
         options: dict[str, Any] = {"bias": False, "dtype": dtype, "layout": layout, "out_in": True}
         self.out = None if tied else Linear(config.embed_dim, shares.vocab_size, **options)
@@ -201,10 +217,12 @@ class Head(nnx.Module):
         x = self.norm(x)
         if self.out is not None:
             logits = self.out(x)
+        elif x.shape[1] <= self.few_tokens:
+            logits = cpu.product(embed.kernel[...], x, dtype=jnp.dtype(jnp.float32))
+        elif self.feature_major:
+            logits = jnp.einsum("ve,et->vt", embed.kernel[...], x, preferred_element_type=jnp.float32)
         else:
-            equation = "ve,et->vt" if self.feature_major else "te,ve->tv"
-            operands = (embed.kernel[...], x) if self.feature_major else (x, embed.kernel[...])
-            logits = jnp.einsum(equation, *operands)
+            logits = jnp.einsum("te,ve->tv", x, embed.kernel[...])
         if self.shared_out:
             axis = 0 if self.feature_major else 1
             logits = lax.all_gather(logits, "tp", axis=axis, tiled=True)

@@ -1,0 +1,210 @@
+"""What Numba has no words for: atomic memory, calls by address, prefetching, sums of vectors. Each is an intrinsic that
+machine_code's loops use as a function; addresses are whole numbers."""
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Elements are read as bits where numpy has no such number: bfloat16 as uint16, float8_e4m3fn as uint8.
+TYPES: dict[str, Any] = {"f32": np.float32, "bf16": np.uint16, "i8": np.int8, "f8": np.uint8}
+
+_AHEAD_BYTES = 12288  # the processor's own prefetching ends at each page of memory; measured in docs/design.md
+_WORD, _BYTE = ir.IntType(64), ir.IntType(8)
+
+
+def _instruction(signature: Any, emit: Any) -> Any:
+    """What a signature's call is in LLVM: emit(builder, *arguments) -> the value, None where there is none."""
+
+    def generate(context, builder, sig, args):
+        value = emit(builder, *args)
+        return context.get_dummy_value() if value is None else value
+
+    by_arity = (
+        lambda _context: (signature, generate),
+        lambda _context, a: (signature, generate),
+        lambda _context, a, b: (signature, generate),
+        lambda _context, a, b, c: (signature, generate),
+    )
+    return intrinsic(by_arity[len(signature.args)])
+
+
+def _at(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _WORD.as_pointer())
+
+
+def _emit_team(builder: Any) -> Any:
+    known = builder.module.globals.get("jaxserve_team")
+    return builder.ptrtoint(known or ir.GlobalVariable(builder.module, _WORD, "jaxserve_team"), _WORD)
+
+
+def _emit_write(builder: Any, address: Any, value: Any) -> None:
+    builder.store_atomic(value, _at(builder, address), "seq_cst", 8)
+
+
+def _emit_swap(builder: Any, address: Any, old: Any, new: Any) -> Any:
+    return builder.extract_value(builder.cmpxchg(_at(builder, address), old, new, "seq_cst", "seq_cst"), 1)
+
+
+def _emit_call(builder: Any, code: Any, frame: Any, index: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_WORD, _WORD])
+    builder.call(builder.inttoptr(code, kind.as_pointer()), [frame, index])
+
+
+def _call_intrinsic(builder: Any, name: str, kinds: list[Any], values: list[Any]) -> None:
+    known = builder.module.globals.get(name)
+    builder.call(known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name), values)
+
+
+def _emit_prefetch(builder: Any, address: Any) -> None:
+    pointer, number = _BYTE.as_pointer(), ir.IntType(32)
+    read, all_levels, data = (ir.Constant(number, n) for n in (0, 3, 1))
+    at = builder.inttoptr(address, pointer)
+    _call_intrinsic(builder, "llvm.prefetch.p0", [pointer, *[number] * 3], [at, read, all_levels, data])
+
+
+def _emit_pause(builder: Any) -> None:
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        _call_intrinsic(builder, "llvm.x86.sse2.pause", [], [])
+    elif machine in ("aarch64", "arm64"):
+        _call_intrinsic(builder, "llvm.aarch64.hint", [ir.IntType(32)], [ir.Constant(ir.IntType(32), 1)])  # yield
+
+
+def _type_alloca(_context, count):
+    """Room on the stack for a constant number of float32."""
+
+    def generate(context, builder, sig, args):
+        numbers = ir.ArrayType(ir.FloatType(), count.literal_value)
+        return builder.ptrtoint(cgutils.alloca_once(builder, numbers), _WORD)
+
+    return types.intp(count), generate
+
+
+def _type_dots(_context, at, stride, x, count, out, limit, rows, tokens, kind):
+    """rows of a matrix of a kind, stride bytes apart, times tokens of float32 [tokens, count], 16 numbers at a time
+    -> out [rows, tokens]; what is behind the last 16 is left to the caller."""
+    num_rows, num_tokens = rows.literal_value, tokens.literal_value
+    load = _LOADS[kind.literal_value]
+
+    def generate(context, builder, sig, args):
+        at, stride, x, count, out, limit = args[:6]
+        starts = [builder.add(at, builder.mul(stride, ir.Constant(_WORD, row))) for row in range(num_rows)]
+        rights = [builder.add(x, builder.mul(count, ir.Constant(_WORD, 4 * token))) for token in range(num_tokens)]
+        before, loop, after = builder.block, builder.append_basic_block("dots"), builder.append_basic_block("dotted")
+        end = builder.and_(count, ir.Constant(_WORD, -16))
+        zero = ir.Constant(_REALS, [0.0] * 16)
+        builder.cbranch(builder.icmp_signed(">", end, ir.Constant(_WORD, 0)), loop, after)
+        builder.position_at_end(loop)
+        i = builder.phi(_WORD)
+        i.add_incoming(ir.Constant(_WORD, 0), before)
+        sums = [[builder.phi(_REALS) for _ in range(num_tokens)] for _ in range(num_rows)]
+        columns = [_load_reals(builder, builder.add(right, builder.mul(i, ir.Constant(_WORD, 4)))) for right in rights]
+        made = []
+        for start, row in zip(starts, sums, strict=True):
+            weights = load(builder, start, i)
+            ahead = builder.add(start, builder.mul(i, ir.Constant(_WORD, _SIZES[kind.literal_value])))
+            ahead = builder.add(ahead, ir.Constant(_WORD, _AHEAD_BYTES))
+            ahead = builder.select(builder.icmp_signed("<", ahead, limit), ahead, start)
+            _emit_prefetch(builder, ahead)
+            made.append(
+                [_multiply_add(builder, weights, column, sum_) for column, sum_ in zip(columns, row, strict=True)]
+            )
+        following = builder.add(i, ir.Constant(_WORD, 16))
+        i.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        for row, new in zip(sums, made, strict=True):
+            for t, (phi, value) in enumerate(zip(row, new, strict=True)):
+                phi.add_incoming(zero, before)
+                phi.add_incoming(value, loop)
+                total = builder.phi(_REALS)
+                total.add_incoming(zero, before)
+                total.add_incoming(value, loop)
+                row[t] = total
+        for r, row in enumerate(sums):
+            for t, total in enumerate(row):
+                target = builder.add(out, ir.Constant(_WORD, 4 * (r * num_tokens + t)))
+                builder.store(_sum_of(builder, total), builder.inttoptr(target, ir.FloatType().as_pointer()))
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 6, rows, tokens, kind), generate
+
+
+def _load_vector(builder: Any, address: Any, element: Any) -> Any:
+    kind = ir.VectorType(element, 16)
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = 1
+    return value
+
+
+def _load_reals(builder: Any, address: Any) -> Any:
+    return _load_vector(builder, address, ir.FloatType())
+
+
+def _load_float32(builder: Any, start: Any, i: Any) -> Any:
+    return _load_reals(builder, builder.add(start, builder.mul(i, ir.Constant(_WORD, 4))))
+
+
+def _load_bfloat16(builder: Any, start: Any, i: Any) -> Any:
+    halves = _load_vector(builder, builder.add(start, builder.mul(i, ir.Constant(_WORD, 2))), ir.IntType(16))
+    bits = builder.shl(builder.zext(halves, _INTEGERS), ir.Constant(_INTEGERS, [16] * 16))
+    return builder.bitcast(bits, _REALS)
+
+
+def _load_int8(builder: Any, start: Any, i: Any) -> Any:
+    return builder.sitofp(builder.sext(_load_vector(builder, builder.add(start, i), _BYTE), _INTEGERS), _REALS)
+
+
+def _load_float8(builder: Any, start: Any, i: Any) -> Any:
+    """Exponent and fraction are moved to where float32 has them; the smallest numbers, whose exponent is 0, are
+    fractions of 2 ** -6 as they stand. No weight is NaN."""
+
+    def each(number: int) -> Any:
+        return ir.Constant(_INTEGERS, [number] * 16)
+
+    bits = builder.zext(_load_vector(builder, builder.add(start, i), _BYTE), _INTEGERS)
+    size = builder.and_(bits, each(0x7F))
+    normal = builder.bitcast(builder.add(builder.shl(size, each(20)), each(120 << 23)), _REALS)
+    small = builder.fmul(builder.sitofp(size, _REALS), ir.Constant(_REALS, [2.0**-9] * 16))
+    value = builder.select(builder.icmp_unsigned("<", size, each(8)), small, normal)
+    sign = builder.shl(builder.and_(bits, each(0x80)), each(24))
+    return builder.bitcast(builder.or_(builder.bitcast(value, _INTEGERS), sign), _REALS)
+
+
+def _multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    return builder.fadd(builder.fmul(left, right, flags=("contract",)), total, flags=("contract",))
+
+
+def _sum_of(builder: Any, vector: Any) -> Any:
+    name, real = "llvm.vector.reduce.fadd.v16f32", ir.FloatType()
+    known = builder.module.globals.get(name)
+    function = known or ir.Function(builder.module, ir.FunctionType(real, [real, _REALS]), name)
+    return builder.call(function, [ir.Constant(real, -0.0), vector], fastmath=("reassoc",))
+
+
+_REALS, _INTEGERS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
+_SIZES = tuple(np.dtype(each).itemsize for each in TYPES.values())
+_LOADS = (_load_float32, _load_bfloat16, _load_int8, _load_float8)  # in the order of TYPES
+team = _instruction(types.intp(), _emit_team)
+read = _instruction(types.intp(types.intp), lambda builder, at: builder.load_atomic(_at(builder, at), "seq_cst", 8))
+write = _instruction(types.none(types.intp, types.intp), _emit_write)
+add = _instruction(
+    types.intp(types.intp, types.intp),
+    lambda builder, at, value: builder.atomic_rmw("add", _at(builder, at), value, "seq_cst"),
+)
+swap = _instruction(types.boolean(types.intp, types.intp, types.intp), _emit_swap)
+call = _instruction(types.none(types.intp, types.intp, types.intp), _emit_call)
+prefetch = _instruction(types.none(types.intp), _emit_prefetch)
+pause = _instruction(types.none(), _emit_pause)
+bits = _instruction(types.uint32(types.float32), lambda builder, x: builder.bitcast(x, ir.IntType(32)))
+real = _instruction(types.float32(types.uint32), lambda builder, x: builder.bitcast(x, ir.FloatType()))
+words = _instruction(types.CPointer(types.intp)(types.intp), _at)
+address_of = _instruction(types.intp(types.CPointer(types.intp)), lambda builder, at: builder.ptrtoint(at, _WORD))
+pointer = _instruction(types.voidptr(types.intp), lambda builder, at: builder.inttoptr(at, _BYTE.as_pointer()))
+alloca: Any = intrinsic(prefer_literal=True)(_type_alloca)
+dots: Any = intrinsic(prefer_literal=True)(_type_dots)
