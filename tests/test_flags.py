@@ -151,7 +151,7 @@ def test_attention_backends_are_ours_or_dropped_with_a_warning_or_refused():
     assert parse(["--attention-backend=XLA"]).engine == {"attention_backend": "xla"}
     foreign = parse(["--attention-backend", "FLASHINFER"])
     assert foreign.engine == {} and "auto" in foreign.warnings[0]
-    with pytest.raises(FlagError, match="auto, pallas, xla"):
+    with pytest.raises(FlagError, match="auto, pallas, numba, xla"):
         parse(["--attention-backend", "palas"])
 
 
