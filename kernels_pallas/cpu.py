@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
 
 MOST_TOKENS = 4  # of a product; with more, a processor that has AMX is quicker by XLA
+_BRIEFLY = 0  # microseconds that helpers stay awake where XLA's threads want the processors between two calls
 
 
 def why_not(dtype: jnp.dtype | None = None, activations: jnp.dtype | None = None) -> str | None:
@@ -80,21 +81,30 @@ def attend(
     cache = writes.write(cache, layer, k, v, work.writes)
     outs = []
     if rows is not None:
-        outs.append(decode(q[:num_decode], cache, num_kv_heads, layer, rows, work.kind))
+        outs.append(decode(q[:num_decode], cache, num_kv_heads, layer, rows, work.kind, mixed=chunks is not None))
     if chunks is not None:
         outs.append(xla.prefill(q[num_decode:], cache, num_kv_heads, layer, chunks, work.kind))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
 
 
 def decode(
-    q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, rows: "DecodeRows", kind: LayerKind
+    q: jax.Array,
+    cache: KVCache,
+    num_kv_heads: int,
+    layer: int | jax.Array,
+    rows: "DecodeRows",
+    kind: LayerKind,
+    *,
+    mixed: bool = False,
 ) -> jax.Array:
-    """q [S, H, D] against the pages of rows, which hold the new tokens already -> [S, H, D]."""
+    """q [S, H, D] against the pages of rows, which hold the new tokens already -> [S, H, D]. mixed: the step has
+    prefill tokens, too."""
     from kernels_pallas import machine_code
 
     num_rows, num_heads, head_dim = q.shape
     name = machine_code.decode_name(head_dim, cache.pages.dtype, q.dtype)
-    numbers = np.array([num_kv_heads, kind.window or 0], np.int32)
+    patience = machine_code.AWAKE if num_rows <= MOST_TOKENS and not mixed else _BRIEFLY
+    numbers = np.array([num_kv_heads, kind.window or 0, patience], np.int32)
     reals = np.array([kind.scale_of(head_dim), kind.softcap or 0], np.float32)
     operands = [numbers, q, rows.page_table, rows.kv_lens, jnp.asarray(layer, jnp.int32).reshape(1), reals, cache.pages]
     if cache.scales is not None:

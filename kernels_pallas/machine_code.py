@@ -17,6 +17,8 @@ import math
 import os
 import platform
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,25 @@ PIECE_BYTES = 1 << 15  # of a matrix, at least: some microseconds of one thread
 MAX_HELPERS = 15  # beyond that memory does not get faster
 
 _NEVER = np.float32(-1e30)
-_AWAKE_TURNS = 4000  # of the wait for more work, some 50 ns each, before a helper sleeps
+AWAKE = 200  # microseconds for which a helper waits for the next call of a step before it sleeps
 _YIELD_TURNS = 20000  # of the wait for the others' last pieces, before the processor is offered to them
 # Numba keeps compiled code until the file changes that it comes from; these are that file's eyes on the other one.
 _WORDS_DIGEST = int(hashlib.sha256(Path(low.__file__).read_bytes()).hexdigest()[:8], 16)
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 # The team's memory, in words; what several threads write lies on cache lines of its own.
-_LEFT, _DONE, _CODE, _FRAME, _PIECES, _THREADS, _BUSY, _SLEEPING, _BELL = 0, 8, 16, 17, 18, 19, 24, 32, 40
+_LEFT, _DONE, _CODE, _FRAME, _PIECES, _THREADS, _PATIENCE, _PACE, _BUSY, _SLEEPING, _BELL = (
+    0,
+    8,
+    16,
+    17,
+    18,
+    19,
+    20,
+    21,
+    24,
+    32,
+    40,
+)
 _CODES, _TEAM_WORDS = 64, 320
 
 
@@ -65,7 +79,10 @@ class _Team:
 
     def add(self, name: str, handler: Any, piece: Any, slot: int) -> None:
         """Makes a kernel known to XLA; the lock is held."""
-        if not self.registered:
+        if not self.registered and self.helpers:
+            started = time.perf_counter()
+            _rest(10_000)
+            self.words[_PACE] = round(1 / (time.perf_counter() - started))  # turns in 100 microseconds
             for number in range(self.helpers):
                 threading.Thread(target=_help, name=f"decode-{number}", daemon=True).start()
         self.registered[name] = (handler, piece)
@@ -76,11 +93,15 @@ class _Team:
 
 
 def num_threads() -> int:
-    """Threads that this process may use; NPROC says otherwise, as to XLA."""
+    """Processors that this process may use: by its affinity and its cgroup's quota; NPROC says otherwise, as to XLA."""
     given = os.environ.get("NPROC", "")
     if given.isdigit() and int(given):
         return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max 100000" where there is no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        found = min(found, max(int(quota) // int(period), 1))
+    return found
 
 
 def product_name(kernel: Any, activations: Any, out: Any, tokens: int, *, scaled: bool, gated: bool) -> str:
@@ -179,9 +200,8 @@ def _compile_product(
             for i in range(num_in):
                 number = _wide(x[0, i, token])
                 room[token, i] = _silu(number) * _wide(x[1 if gated else 0, i, token]) if gated else number
-        return _share(
-            slot, low.address_of(words), _num_spans(num_out, num_in * itemsize, low.read(low.team() + 8 * _THREADS))
-        )
+        pieces = _num_spans(num_out, num_in * itemsize, low.read(low.team() + 8 * _THREADS))
+        return _share(slot, low.address_of(words), pieces, AWAKE)
 
     return handler, piece
 
@@ -200,7 +220,7 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
         assert version
         arguments, results = low.words(frame)[9], low.words(frame)[14]
         num_rows, num_heads, max_pages = _dim(arguments, 1, 0), _dim(arguments, 1, 1), _dim(arguments, 2, 1)
-        num_kv_heads, window = numba.carray(_data(arguments, 0), (2,), np.int32)
+        num_kv_heads, window, _ = numba.carray(_data(arguments, 0), (3,), np.int32)
         row, head, group = index // num_kv_heads, index % num_kv_heads, num_heads // num_kv_heads
         length = numba.carray(_data(arguments, 3), (num_rows,), np.int32)[row]
         shape: Any = (num_rows, num_kv_heads, group, head_dim)
@@ -289,8 +309,8 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
         if words[1] != 0:
             return _describe(words[1], words[2])
         arguments = words[9]
-        num_kv_heads = numba.carray(_data(arguments, 0), (2,), np.int32)[0]
-        return _share(slot, low.address_of(words), _dim(arguments, 1, 0) * num_kv_heads)
+        num_kv_heads, _, patience = numba.carray(_data(arguments, 0), (3,), np.int32)
+        return _share(slot, low.address_of(words), _dim(arguments, 1, 0) * num_kv_heads, patience)
 
     return handler, piece
 
@@ -319,8 +339,9 @@ def _span(index, num_rows, row_bytes, threads):
 
 
 @numba.njit(inline="always")
-def _share(slot, frame, pieces):
-    """Has every piece of a call computed, by the helpers too unless they are busy with another call. -> 0.
+def _share(slot, frame, pieces, patience):
+    """Has every piece of a call computed, by the helpers too unless they are busy with another call; they wait for the
+    next one as many microseconds as patience says. -> 0.
 
     A piece is taken before its code and frame are read, and those do not change until all pieces are done: nobody who
     comes late computes with a frame that is gone.
@@ -334,6 +355,7 @@ def _share(slot, frame, pieces):
     low.write(team + 8 * _CODE, code)
     low.write(team + 8 * _FRAME, frame)
     low.write(team + 8 * _PIECES, pieces)
+    low.write(team + 8 * _PATIENCE, patience * low.read(team + 8 * _PACE) // 100)
     low.write(team + 8 * _DONE, 0)
     low.write(team + 8 * _LEFT, pieces)
     for _ in range(low.read(team + 8 * _SLEEPING)):
@@ -373,7 +395,7 @@ def _helper():
             continue
         low.pause()
         turns += 1
-        if turns > _AWAKE_TURNS:
+        if turns > low.read(team + 8 * _PATIENCE):
             low.add(team + 8 * _SLEEPING, 1)
             if low.read(team + 8 * _LEFT) <= 0:  # else the one who shared it out may not have seen that we sleep
                 _sem_wait(low.pointer(team + 8 * _BELL))
@@ -476,6 +498,13 @@ def _dim(buffers, index, axis):
 _sem_post = types.ExternalFunction("sem_post", types.int32(types.voidptr))
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.voidptr))
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@numba.njit("void(intp)", cache=True)
+def _rest(turns):
+    for _ in range(turns):
+        low.pause()
+
 
 _TEAM = _Team()
 _help = numba.njit("void()", nogil=True, cache=True)(_helper)
