@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numba
 import numpy as np
 from llvmlite import binding
 from numba import types
-from numba.extending import overload
 
 from kernels_pallas import machine_words as low
 
@@ -41,7 +39,6 @@ AWAKE = 200  # microseconds for which a helper waits for the next call of a step
 _YIELD_TURNS = 20000  # of the wait for the others' last pieces, before the processor is offered to them
 # Numba keeps compiled code until the file changes that it comes from; these are that file's eyes on the other one.
 _WORDS_DIGEST = int(hashlib.sha256(Path(low.__file__).read_bytes()).hexdigest()[:8], 16)
-_METADATA = 1  # XLA_FFI_Extension_Metadata
 # The team's memory, in words; what several threads write lies on cache lines of its own.
 _LEFT, _DONE, _CODE, _FRAME, _PIECES, _THREADS, _PATIENCE, _PACE, _BUSY, _SLEEPING, _BELL = (
     0,
@@ -163,43 +160,43 @@ def _compile_product(
     def piece(frame, index):
         assert version
         arguments, results = low.words(frame)[9], low.words(frame)[14]
-        num_out, num_in = _dim(arguments, 0, 0), _dim(arguments, 0, 1)
-        kernel = numba.carray(_data(arguments, 0), (num_out, num_in), stored)
-        x = numba.carray(_data(results, 1), (tokens, num_in), np.float32)
-        out = numba.carray(_data(results, 0), (num_out, tokens), made)
-        scale = numba.carray(_data(arguments, 2 if scaled else 0), (num_out,), np.float32)
+        num_out, num_in = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1)
+        kernel = numba.carray(low.data(arguments, 0), (num_out, num_in), stored)
+        x = numba.carray(low.data(results, 1), (tokens, num_in), np.float32)
+        out = numba.carray(low.data(results, 0), (num_out, tokens), made)
+        scale = numba.carray(low.data(arguments, 2 if scaled else 0), (num_out,), np.float32)
         here = low.alloca(num_sums)
         o, end = _span(index, num_out, num_in * itemsize, low.read(low.team() + 8 * _THREADS))
-        limit = _address(arguments, 0) + end * num_in * itemsize
+        limit = low.address(arguments, 0) + end * num_in * itemsize
         while o < end:
-            at = _address(arguments, 0) + o * num_in * itemsize
+            at = low.address(arguments, 0) + o * num_in * itemsize
             count = together if o + together <= end else 1
             if count == together:
-                low.dots(at, num_in * itemsize, _address(results, 1), num_in, here, limit, together, tokens, kind)
+                low.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, together, tokens, kind)
             else:
-                low.dots(at, num_in * itemsize, _address(results, 1), num_in, here, limit, 1, tokens, kind)
+                low.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, 1, tokens, kind)
             sums = numba.carray(low.pointer(here), (together, tokens), np.float32)
             for r in range(count):
                 for token in range(tokens):
                     total = sums[r, token]
                     for i in range(num_in // 16 * 16, num_in):
-                        total += _wide(kernel[o + r, i]) * x[token, i]
-                    out[o + r, token] = _like(out, total * scale[o + r] if scaled else total)
+                        total += low.wide(kernel[o + r, i]) * x[token, i]
+                    out[o + r, token] = low.like(out, total * scale[o + r] if scaled else total)
             o += count
 
     @numba.cfunc(_HANDLER, **_OPTIONS)
     def handler(words):
         assert version
         if words[1] != 0:
-            return _describe(words[1], words[2])
+            return low.describe(words[1], words[2])
         arguments, results = words[9], words[14]
-        num_out, num_in = _dim(arguments, 0, 0), _dim(arguments, 0, 1)
-        x = numba.carray(_data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
-        room = numba.carray(_data(results, 1), (tokens, num_in), np.float32)
+        num_out, num_in = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1)
+        x = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
+        room = numba.carray(low.data(results, 1), (tokens, num_in), np.float32)
         for token in range(tokens):
             for i in range(num_in):
-                number = _wide(x[0, i, token])
-                room[token, i] = _silu(number) * _wide(x[1 if gated else 0, i, token]) if gated else number
+                number = low.wide(x[0, i, token])
+                room[token, i] = low.silu(number) * low.wide(x[1 if gated else 0, i, token]) if gated else number
         pieces = _num_spans(num_out, num_in * itemsize, low.read(low.team() + 8 * _THREADS))
         return _share(slot, low.address_of(words), pieces, AWAKE)
 
@@ -219,25 +216,25 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
     def piece(frame, index):
         assert version
         arguments, results = low.words(frame)[9], low.words(frame)[14]
-        num_rows, num_heads, max_pages = _dim(arguments, 1, 0), _dim(arguments, 1, 1), _dim(arguments, 2, 1)
-        num_kv_heads, window, _ = numba.carray(_data(arguments, 0), (3,), np.int32)
+        num_rows, num_heads, max_pages = low.dim(arguments, 1, 0), low.dim(arguments, 1, 1), low.dim(arguments, 2, 1)
+        num_kv_heads, window, _ = numba.carray(low.data(arguments, 0), (3,), np.int32)
         row, head, group = index // num_kv_heads, index % num_kv_heads, num_heads // num_kv_heads
-        length = numba.carray(_data(arguments, 3), (num_rows,), np.int32)[row]
+        length = numba.carray(low.data(arguments, 3), (num_rows,), np.int32)[row]
         shape: Any = (num_rows, num_kv_heads, group, head_dim)
-        q, out = numba.carray(_data(arguments, 1), shape, given), numba.carray(_data(results, 0), shape, given)
+        q, out = numba.carray(low.data(arguments, 1), shape, given), numba.carray(low.data(results, 0), shape, given)
         if length <= 0:
             for g in range(group):
                 for d in range(head_dim):
                     out[row, head, g, d] = 0
             return
-        table = numba.carray(_data(arguments, 2), (num_rows, max_pages), np.int32)
-        layer = np.int64(numba.carray(_data(arguments, 4), (1,), np.int32)[0])
-        scale, cap = numba.carray(_data(arguments, 5), (2,), np.float32)
-        num_pages, page_rows, page_size = _dim(arguments, 6, 1), _dim(arguments, 6, 2), _dim(arguments, 6, 3)
-        pages = _address(arguments, 6)
-        scales_at = _address(arguments, 7) if eight_bits else 0
+        table = numba.carray(low.data(arguments, 2), (num_rows, max_pages), np.int32)
+        layer = np.int64(numba.carray(low.data(arguments, 4), (1,), np.int32)[0])
+        scale, cap = numba.carray(low.data(arguments, 5), (2,), np.float32)
+        num_pages, page_rows, page_size = low.dim(arguments, 6, 1), low.dim(arguments, 6, 2), low.dim(arguments, 6, 3)
+        pages = low.address(arguments, 6)
+        scales_at = low.address(arguments, 7) if eight_bits else 0
 
-        room = _address(results, 1) + 4 * index * group * (2 * blocks * width + 2 + page_size)
+        room = low.address(results, 1) + 4 * index * group * (2 * blocks * width + 2 + page_size)
         queries = numba.carray(low.pointer(room), (group, blocks, width), np.float32)
         room += 4 * group * blocks * width
         sums = numba.carray(low.pointer(room), (group, blocks, width), np.float32)
@@ -252,7 +249,7 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
                 for d in range(width):
                     sums[g, block, d], queries[g, block, d] = np.float32(0), np.float32(0)
             for d in range(head_dim):
-                queries[g, d // width, d % width] = _wide(q[row, head, g, d]) * scale
+                queries[g, d // width, d % width] = low.wide(q[row, head, g, d]) * scale
 
         first = max(length - window, 0) if window > 0 else 0
         last_page = (length - 1) // page_size
@@ -275,18 +272,18 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
                     score = np.float32(0)
                     for block in range(blocks):
                         for d in range(width):
-                            score += queries[g, block, d] * _wide(keys[block, t, d])
+                            score += queries[g, block, d] * low.wide(keys[block, t, d])
                     if eight_bits:
                         score *= scales[0, t]
                     if cap > 0:
                         score = cap * np.float32(math.tanh(score / cap))
                     scores[g, t] = score
                     highest = max(highest, score)
-                shrink = _exp(maxima[g] - highest)
+                shrink = low.exp(maxima[g] - highest)
                 maxima[g] = highest
                 total = totals[g] * shrink
                 for t in range(start, stop):
-                    weight = _exp(scores[g, t] - highest)
+                    weight = low.exp(scores[g, t] - highest)
                     total += weight
                     scores[g, t] = weight * scales[1, t] if eight_bits else weight
                 totals[g] = total
@@ -297,20 +294,20 @@ def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[
                     weight = scores[g, t]
                     for block in range(blocks):
                         for d in range(width):
-                            sums[g, block, d] += weight * _wide(values[block, t, d])
+                            sums[g, block, d] += weight * low.wide(values[block, t, d])
         for g in range(group):
             share = np.float32(1) / totals[g]
             for d in range(head_dim):
-                out[row, head, g, d] = _like(out, sums[g, d // width, d % width] * share)
+                out[row, head, g, d] = low.like(out, sums[g, d // width, d % width] * share)
 
     @numba.cfunc(_HANDLER, **_OPTIONS)
     def handler(words):
         assert version
         if words[1] != 0:
-            return _describe(words[1], words[2])
+            return low.describe(words[1], words[2])
         arguments = words[9]
-        num_kv_heads, _, patience = numba.carray(_data(arguments, 0), (3,), np.int32)
-        return _share(slot, low.address_of(words), _dim(arguments, 1, 0) * num_kv_heads, patience)
+        num_kv_heads, _, patience = numba.carray(low.data(arguments, 0), (3,), np.int32)
+        return _share(slot, low.address_of(words), low.dim(arguments, 1, 0) * num_kv_heads, patience)
 
     return handler, piece
 
@@ -401,98 +398,6 @@ def _helper():
                 _sem_wait(low.pointer(team + 8 * _BELL))
             low.add(team + 8 * _SLEEPING, -1)
             turns = 0
-
-
-# Numbers.
-
-
-@numba.njit(inline="always")
-def _exp(x):
-    """For x <= 0, within 2e-7 of it; written out so that several are computed at once (polynomial: Cephes' expf)."""
-    x = max(x, np.float32(-87))
-    power = np.int32(x * np.float32(1.44269504) - np.float32(0.5))
-    n = np.float32(power)
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    y = np.float32(1.9875691500e-4)
-    y = y * r + np.float32(1.3981999507e-3)
-    y = y * r + np.float32(8.3334519073e-3)
-    y = y * r + np.float32(4.1665795894e-2)
-    y = y * r + np.float32(1.6666665459e-1)
-    y = y * r + np.float32(5.0000001201e-1)
-    y = y * r * r + r + np.float32(1)
-    return y * low.real(np.uint32(power + np.int32(127)) << np.uint32(23))
-
-
-@numba.njit(inline="always")
-def _silu(x):
-    small = _exp(-abs(x))
-    return x * (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)
-
-
-def _wide(stored: Any) -> Any:
-    """An element as float32, in machine code."""
-    raise NotImplementedError
-
-
-@overload(_wide, inline="always")
-def _wide_of(stored):
-    if stored == types.uint16:
-        return lambda stored: low.real(np.uint32(stored) << np.uint32(16))
-    if stored == types.uint8:
-        return lambda stored: _FLOAT8[stored]
-    return lambda stored: np.float32(stored)
-
-
-_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-
-
-def _like(array: Any, number: Any) -> Any:
-    """float32 -> an element of an array, in machine code: itself, or the bits of the nearest bfloat16."""
-    raise NotImplementedError
-
-
-@overload(_like, inline="always")
-def _like_of(array, number):
-    if array.dtype == types.float32:
-        return lambda array, number: number
-
-    def rounded(array, number):
-        bits = low.bits(number)
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    return rounded
-
-
-# XLA's call frame.
-
-
-@numba.njit(inline="always")
-def _describe(extension, api):
-    """XLA asks once for which version of the interface this was made; it is told the one that it speaks."""
-    if low.words(extension)[1] & 0xFFFFFFFF == _METADATA:
-        _words_at(low.words(extension)[3], 4)[3] = low.words(api)[4]
-    return 0
-
-
-@numba.njit(inline="always")
-def _words_at(address, count):
-    return numba.carray(low.words(address), (count,), np.intp)
-
-
-@numba.njit(inline="always")
-def _address(buffers, index):
-    """Where the data is of the XLA_FFI_Buffer that a list of them has at an index."""
-    return low.words(low.words(buffers)[index])[3]
-
-
-@numba.njit(inline="always")
-def _data(buffers, index):
-    return low.pointer(_address(buffers, index))
-
-
-@numba.njit(inline="always")
-def _dim(buffers, index, axis):
-    return low.words(low.words(low.words(buffers)[index])[5])[axis]
 
 
 _sem_post = types.ExternalFunction("sem_post", types.int32(types.voidptr))

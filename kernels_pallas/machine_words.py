@@ -1,19 +1,22 @@
-"""What Numba has no words for: atomic memory, calls by address, prefetching, sums of vectors. Each is an intrinsic that
-machine_code's loops use as a function; addresses are whole numbers."""
+"""What machine_code's loops are written with, and Numba has no words for: atomic memory, calls by address, prefetching,
+sums of vectors, numbers of 8 and 16 bits, XLA's call frame. Addresses are whole numbers."""
 
 import platform
 from typing import Any
 
+import ml_dtypes
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # Elements are read as bits where numpy has no such number: bfloat16 as uint16, float8_e4m3fn as uint8.
 TYPES: dict[str, Any] = {"f32": np.float32, "bf16": np.uint16, "i8": np.int8, "f8": np.uint8}
 
-_AHEAD_BYTES = 12288  # the processor's own prefetching ends at each page of memory; measured in docs/design.md
+_AHEAD_BYTES = 24576  # the processor's own prefetching ends at each page of memory; measured in docs/design.md
+_METADATA = 1  # XLA_FFI_Extension_Metadata
 _WORD, _BYTE = ir.IntType(64), ir.IntType(8)
 
 
@@ -208,3 +211,95 @@ address_of = _instruction(types.intp(types.CPointer(types.intp)), lambda builder
 pointer = _instruction(types.voidptr(types.intp), lambda builder, at: builder.inttoptr(at, _BYTE.as_pointer()))
 alloca: Any = intrinsic(prefer_literal=True)(_type_alloca)
 dots: Any = intrinsic(prefer_literal=True)(_type_dots)
+
+
+# Numbers.
+
+
+@numba.njit(inline="always")
+def exp(x):
+    """For x <= 0, within 2e-7 of it; written out so that several are computed at once (polynomial: Cephes' expf)."""
+    x = max(x, np.float32(-87))
+    power = np.int32(x * np.float32(1.44269504) - np.float32(0.5))
+    n = np.float32(power)
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(5.0000001201e-1)
+    y = y * r * r + r + np.float32(1)
+    return y * real(np.uint32(power + np.int32(127)) << np.uint32(23))
+
+
+@numba.njit(inline="always")
+def silu(x):
+    small = exp(-abs(x))
+    return x * (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)
+
+
+def wide(stored: Any) -> Any:
+    """An element as float32, in machine code."""
+    raise NotImplementedError
+
+
+@overload(wide, inline="always")
+def _wide_of(stored):
+    if stored == types.uint16:
+        return lambda stored: real(np.uint32(stored) << np.uint32(16))
+    if stored == types.uint8:
+        return lambda stored: _FLOAT8[stored]
+    return lambda stored: np.float32(stored)
+
+
+_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def like(array: Any, number: Any) -> Any:
+    """float32 -> an element of an array, in machine code: itself, or the bits of the nearest bfloat16."""
+    raise NotImplementedError
+
+
+@overload(like, inline="always")
+def _like_of(array, number):
+    if array.dtype == types.float32:
+        return lambda array, number: number
+
+    def rounded(array, number):
+        whole = bits(number)
+        return np.uint16((whole + np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded
+
+
+# XLA's call frame.
+
+
+@numba.njit(inline="always")
+def describe(extension, api):
+    """XLA asks once for which version of the interface this was made; it is told the one that it speaks."""
+    if words(extension)[1] & 0xFFFFFFFF == _METADATA:
+        _words_at(words(extension)[3], 4)[3] = words(api)[4]
+    return 0
+
+
+@numba.njit(inline="always")
+def _words_at(address, count):
+    return numba.carray(words(address), (count,), np.intp)
+
+
+@numba.njit(inline="always")
+def address(buffers, index):
+    """Where the data is of the XLA_FFI_Buffer that a list of them has at an index."""
+    return words(words(buffers)[index])[3]
+
+
+@numba.njit(inline="always")
+def data(buffers, index):
+    return pointer(address(buffers, index))
+
+
+@numba.njit(inline="always")
+def dim(buffers, index, axis):
+    return words(words(words(buffers)[index])[5])[axis]

@@ -278,7 +278,8 @@ class _Builder:
 
     def _lower_begin(self, bucket: Bucket) -> Any:
         t = self.target
-        return self._lower(*self._begin(bucket), (t.params.embed, t.state.last_token, self._vector(bucket)))
+        arguments = (t.params.embed, t.state.last_token, self._vector(bucket))
+        return self._lower(*self._begin(bucket), arguments, few=self._is_few(bucket))
 
     def _begin(self, bucket: Bucket) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
         """The function, and how its arguments and results lie on the mesh."""
