@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,8 +23,8 @@ _BRIEFLY = 0  # microseconds that helpers stay awake where XLA's threads want th
 
 def why_not(dtype: jnp.dtype | None = None, activations: jnp.dtype | None = None) -> str | None:
     """Why there is no machine code here, or none for a cache and activations of these dtypes; None where there is."""
-    if struct.calcsize("P") != 8:
-        return "its machine code needs a 64-bit processor"
+    if struct.calcsize("P") != 8 or sys.platform != "linux":
+        return "its machine code needs 64 bits and Linux"  # whose semaphores wake the threads
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed"
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":

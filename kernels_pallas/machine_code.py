@@ -15,7 +15,6 @@ import ctypes
 import hashlib
 import math
 import os
-import platform
 import threading
 import time
 from contextlib import suppress
@@ -69,7 +68,7 @@ class _Team:
         address = -(-self.memory.ctypes.data // 64) * 64
         self.words = (ctypes.c_int64 * _TEAM_WORDS).from_address(address)
         binding.add_symbol("jaxserve_team", address)
-        self.helpers = min(num_threads() - 1, MAX_HELPERS) if platform.system() == "Linux" else 0
+        self.helpers = min(num_threads() - 1, MAX_HELPERS)
         self.words[_THREADS] = self.helpers + 1
         if self.helpers:
             ctypes.CDLL(None).sem_init(ctypes.c_void_p(address + 8 * _BELL), 0, 0)
