@@ -39,21 +39,9 @@ _YIELD_TURNS = 20000  # of the wait for the others' last pieces, before the proc
 # Numba keeps compiled code until the file changes that it comes from; these are that file's eyes on the other one.
 _WORDS_DIGEST = int(hashlib.sha256(Path(low.__file__).read_bytes()).hexdigest()[:8], 16)
 # The team's memory, in words; what several threads write lies on cache lines of its own.
-_LEFT, _DONE, _CODE, _FRAME, _PIECES, _THREADS, _PATIENCE, _PACE, _BUSY, _SLEEPING, _BELL = (
-    0,
-    8,
-    16,
-    17,
-    18,
-    19,
-    20,
-    21,
-    24,
-    32,
-    40,
-)
+_LEFT, _DONE, _BUSY, _SLEEPING, _BELL = 0, 8, 24, 32, 40
+_CODE, _FRAME, _PIECES, _THREADS, _PATIENCE, _PACE = range(16, 22)
 _CODES, _TEAM_WORDS = 64, 320
-
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "float8_e4m3fn": "f8", "uint8": "f8"}
 
@@ -144,7 +132,19 @@ def room_of_decode(head_dim: int, group: int, page_size: int) -> int:
 
 _HANDLER = types.intp(types.CPointer(types.intp))
 _PIECE = types.void(types.intp, types.intp)
-_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": True, "error_model": "numpy"}
+
+
+def _may_keep() -> bool:
+    """Whether Numba finds a folder for compiled code: beside this file, or below the user's own."""
+    try:
+        numba.njit(cache=True)(room_of_decode)
+    except RuntimeError:
+        return False
+    return True
+
+
+_KEPT = _may_keep()
+_OPTIONS: dict[str, Any] = {"cache": _KEPT, "fastmath": True, "error_model": "numpy"}
 
 
 def _compile_product(
@@ -404,11 +404,11 @@ _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.voidptr))
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
-@numba.njit("void(intp)", cache=True)
+@numba.njit("void(intp)", cache=_KEPT)
 def _rest(turns):
     for _ in range(turns):
         low.pause()
 
 
 _TEAM = _Team()
-_help = numba.njit("void()", nogil=True, cache=True)(_helper)
+_help = numba.njit("void()", nogil=True, cache=_KEPT)(_helper)

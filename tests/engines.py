@@ -10,7 +10,6 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_llama import LLAMA3_SCALING, write_tiny_llama
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, default_cache_dir
 from jaxserve.engine import runner as runner_module
 from jaxserve.engine.build import Engine, build
 from jaxserve.engine.loop import Runner
@@ -56,7 +55,7 @@ FULL: dict[str, Any] = {"max_running": 4, "chunked_prefill_size": 64, "max_total
 
 def cache_folder() -> str:
     """Compiled programs are kept from run to run: $JAXSERVE_TEST_CACHE, or the user's own cache."""
-    return os.environ.get("JAXSERVE_TEST_CACHE") or str(Path.home() / ".cache" / "jaxserve")
+    return os.environ.get("JAXSERVE_TEST_CACHE") or default_cache_dir(os.environ, os.path.expanduser("~"))
 
 
 @functools.cache

@@ -68,6 +68,24 @@ def test_a_program_is_found_by_its_key_and_by_its_text(tmp_path, misses):
     assert len(misses) == 2 and changed.name != entry.name
 
 
+def _shared(x):
+    return jnp.where(x > 2, x * 3, x + 1).at[2].set(7)
+
+
+def test_a_second_folder_gets_a_program_that_runs(tmp_path, misses):
+    """JAX gives the second one the executable of the first, and XLA would lose functions of it (docs/design.md)."""
+    lowered = jax.jit(_shared).lower(jax.ShapeDtypeStruct((64,), jnp.float32))
+    x = jnp.arange(64, dtype=jnp.float32)
+    for name in ("one", "two", "three"):
+        _fill(tmp_path / name, f=lowered)
+        found = _store(tmp_path / name).load("f")
+        assert found is not None and (np.asarray(found(x)) == np.asarray(_shared(x))).all()
+    (tmp_path / "four").mkdir()
+    next((tmp_path / "one").glob("program-*")).unlink()
+    _fill(tmp_path / "four", f=lowered)
+    assert _store(tmp_path / "four").load("f") is None, "compiled by the next start"
+
+
 def test_a_first_start_says_nothing_of_an_index_that_never_was(tmp_path, caplog):
     with caplog.at_level("INFO"):
         _store(tmp_path / "new")

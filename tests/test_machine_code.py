@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxserve.model.llama import Layout
-from kernels_pallas import cpu
+from kernels_pallas import cpu, machine_code
 from kernels_pallas.attention import DecodeRows
 from kernels_pallas.cache import empty
 from kernels_pallas.kinds import FULL
@@ -148,6 +148,18 @@ def test_why_there_is_no_machine_code_is_said(monkeypatch):
     assert cpu.why_not() == "NUMBA_DISABLE_JIT is set" and Layout.of("cpu").few_tokens == 0
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cpu.why_not() == "Numba is not installed"
+
+
+def test_without_a_folder_for_compiled_code_it_is_compiled_in_every_process(monkeypatch):
+    def refuses(**options: Any) -> Any:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    assert machine_code._may_keep()
+    monkeypatch.setattr(machine_code.numba, "njit", refuses)
+    assert not machine_code._may_keep()
+    monkeypatch.setitem(machine_code._OPTIONS, "cache", False)
+    code, piece = machine_code._compile_product(np.float32, np.float32, np.float32, 1, False, False, 255)
+    assert code.address and piece.address
 
 
 def test_an_engine_without_it_gives_the_same_tokens(monkeypatch, tmp_path):

@@ -47,6 +47,9 @@ _DAMAGE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeE
 _DAMAGE += (pickle.UnpicklingError,)
 
 
+_WRITTEN: dict[str, str] = {}  # programs that this process has serialised, by name -> their first file
+
+
 class _CacheHits:
     """How many programs JAX's own cache has given, by thread."""
 
@@ -123,8 +126,18 @@ class ExecutableStore:
             jax.monitoring.record_event(MISS_EVENT)
             # XLA's CPU backend on JAX 0.11 loses functions of a program that it serialises for the second time.
             if self._cache_hits.here == hits:
-                self._write(os.path.join(self._folder, entry.name), serialize_executable.serialize(program)[0])
+                self._keep(entry.name, program)
         return entry, program
+
+    def _keep(self, name: str, program: Any) -> None:
+        """JAX gives the same program again to whoever lowers the same function in one process: for a second folder its
+        file is copied."""
+        path = os.path.join(self._folder, name)
+        first = _WRITTEN.setdefault(name, path)
+        try:
+            self._write(path, serialize_executable.serialize(program)[0] if first == path else _read(first))
+        except _DAMAGE as error:
+            logger.info("a compiled program is not kept in a second folder: %s", error)
 
     def save(self, entries: dict[str, Entry]) -> None:
         """Write the index for the next start; entries: key -> place, of all that load() did not find."""
