@@ -199,12 +199,13 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Shard
     """An uninitialised array on a border of ALIGNMENT bytes; one that the CPU backend keeps lies in _BLOCKS."""
     size = math.prod(shape) * dtype.itemsize
     kept = next(iter(sharding.device_set)).platform == "cpu"
-    return (_BLOCKS if kept else _Blocks(0)).take(size).view(dtype).reshape(shape)
+    raw = _BLOCKS.take(size) if kept else _aligned(np.empty(size + ALIGNMENT, np.uint8), ALIGNMENT, size)
+    return raw.view(dtype).reshape(shape)
 
 
 class _Blocks:
     """Memory in large pages, of which arrays get one piece after another: in pages of 4 KiB weights are read a fifth
-    slower (docs/design.md). A block lives as long as an array in it. size 0: each array has memory of its own."""
+    slower (docs/design.md). A block lives as long as an array in it; what is larger than one has memory of its own."""
 
     def __init__(self, size: int):
         self._size, self._lock = size, threading.Lock()
@@ -213,26 +214,28 @@ class _Blocks:
     def take(self, size: int) -> np.ndarray:
         """That many uninitialised bytes. Thread-safe."""
         if size >= self._size:
-            return self._new(size)
+            return _in_large_pages(size)
         with self._lock:
             if self._used + size > len(self._block):
-                self._block, self._used = self._new(self._size), 0
+                self._block, self._used = _in_large_pages(self._size), 0
             piece = self._block[self._used : self._used + size]
             self._used += -(-size // ALIGNMENT) * ALIGNMENT
             return piece
 
-    def _new(self, size: int) -> np.ndarray:
-        border = ALIGNMENT
-        if self._size and hasattr(mmap, "MADV_HUGEPAGE"):
-            border = _LARGE_PAGE
-            memory = mmap.mmap(-1, size + border, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            raw = np.frombuffer(memory, np.uint8)
-        else:
-            raw = np.empty(size + border, np.uint8)
-        start = -raw.ctypes.data % border
-        return raw[start : start + size]
+
+def _in_large_pages(size: int) -> np.ndarray:
+    """Uninitialised bytes; in pages of any size where the system knows no large ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return _aligned(np.empty(size + ALIGNMENT, np.uint8), ALIGNMENT, size)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return _aligned(np.frombuffer(memory, np.uint8), _LARGE_PAGE, size)
+
+
+def _aligned(raw: np.ndarray, border: int, size: int) -> np.ndarray:
+    start = -raw.ctypes.data % border
+    return raw[start : start + size]
 
 
 _BLOCKS = _Blocks(32 << 20)

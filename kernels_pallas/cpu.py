@@ -1,5 +1,6 @@
 """The CPU's own backend: decode rows and products of a few tokens by machine_code, everything else as XLA does it."""
 
+import functools
 import importlib.util
 import os
 import struct
@@ -77,15 +78,8 @@ def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work
 ) -> tuple[jax.Array, KVCache]:
     """See kernels_pallas.attention. XLA writes; in a step's decode rows that costs next to nothing."""
-    rows, chunks, num_kv_heads = work.decode, work.prefill, k.shape[1]
-    num_decode = 0 if rows is None else rows.kv_lens.shape[0]
-    cache = writes.write(cache, layer, k, v, work.writes)
-    outs = []
-    if rows is not None:
-        outs.append(decode(q[:num_decode], cache, num_kv_heads, layer, rows, work.kind, mixed=chunks is not None))
-    if chunks is not None:
-        outs.append(xla.prefill(q[num_decode:], cache, num_kv_heads, layer, chunks, work.kind))
-    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
+    attend_rows = functools.partial(decode, mixed=work.prefill is not None)
+    return xla.attend(q, k, v, cache, layer, work, decode=attend_rows)
 
 
 def decode(

@@ -28,8 +28,8 @@ from llvmlite import binding
 from numba import types
 
 from kernels_pallas import machine_words as low
+from kernels_pallas.cache import LANES, shares_lanes
 
-LANES = 128  # of a row of a page (kernels_pallas.cache)
 PIECE_BYTES = 1 << 15  # of a matrix, at least: some microseconds of one thread
 MAX_HELPERS = 15  # beyond that memory does not get faster
 
@@ -81,7 +81,7 @@ def num_threads() -> int:
     given = os.environ.get("NPROC", "")
     if given.isdigit() and int(given):
         return int(given)
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):  # "max 100000" where there is no quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         found = min(found, max(int(quota) // int(period), 1))
@@ -126,8 +126,15 @@ def _together(tokens: int) -> int:
 
 def room_of_decode(head_dim: int, group: int, page_size: int) -> int:
     """Numbers of float32 that the attention of one row and kv head needs beside."""
+    blocks, width = _blocks_of(head_dim)
+    return group * (2 * blocks * width + 2 + page_size)
+
+
+def _blocks_of(head_dim: int) -> tuple[int, int]:
+    """-> blocks of lanes that K of a head has, and the numbers of each: what a page holds behind the last one's end is
+    0, so that only a single block is narrower than its lanes."""
     blocks = -(-head_dim // LANES)
-    return group * (2 * max(head_dim, (blocks > 1) * blocks * LANES) + 2 + page_size)
+    return blocks, head_dim if blocks == 1 else LANES
 
 
 _HANDLER = types.intp(types.CPointer(types.intp))
@@ -205,9 +212,9 @@ def _compile_product(
 def _compile_decode(head_dim: int, stored: Any, given: Any, slot: int) -> tuple[Any, Any]:
     """-> what XLA calls, and what computes a piece: one row with the query heads of one kv head."""
     version = _WORDS_DIGEST
-    eight_bits, shared = np.dtype(stored).itemsize == 1, head_dim <= LANES // 2
-    blocks, itemsize = -(-head_dim // LANES), np.dtype(stored).itemsize
-    width = head_dim if blocks == 1 else LANES  # of a block; what a page holds behind the last one's end is 0
+    itemsize, shared = np.dtype(stored).itemsize, shares_lanes(head_dim)
+    eight_bits = itemsize == 1
+    blocks, width = _blocks_of(head_dim)
     rows_per_head = 1 if shared else 2 * blocks
     value_row, value_lane = (0, LANES // 2) if shared else (blocks, 0)
 

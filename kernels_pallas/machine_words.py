@@ -58,24 +58,27 @@ def _emit_call(builder: Any, code: Any, frame: Any, index: Any) -> None:
     builder.call(builder.inttoptr(code, kind.as_pointer()), [frame, index])
 
 
-def _call_intrinsic(builder: Any, name: str, kinds: list[Any], values: list[Any]) -> None:
+def _declared(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
+    """A function of LLVM's own."""
     known = builder.module.globals.get(name)
-    builder.call(known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name), values)
+    return known or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
 
 
 def _emit_prefetch(builder: Any, address: Any) -> None:
     pointer, number = _BYTE.as_pointer(), ir.IntType(32)
     read, all_levels, data = (ir.Constant(number, n) for n in (0, 3, 1))
     at = builder.inttoptr(address, pointer)
-    _call_intrinsic(builder, "llvm.prefetch.p0", [pointer, *[number] * 3], [at, read, all_levels, data])
+    function = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *[number] * 3])
+    builder.call(function, [at, read, all_levels, data])
 
 
 def _emit_pause(builder: Any) -> None:
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        _call_intrinsic(builder, "llvm.x86.sse2.pause", [], [])
+        builder.call(_declared(builder, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
     elif machine in ("aarch64", "arm64"):
-        _call_intrinsic(builder, "llvm.aarch64.hint", [ir.IntType(32)], [ir.Constant(ir.IntType(32), 1)])  # yield
+        hint = _declared(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.IntType(32)])
+        builder.call(hint, [ir.Constant(ir.IntType(32), 1)])  # yield
 
 
 def _type_alloca(_context, count):
@@ -184,9 +187,8 @@ def _multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
 
 
 def _sum_of(builder: Any, vector: Any) -> Any:
-    name, real = "llvm.vector.reduce.fadd.v16f32", ir.FloatType()
-    known = builder.module.globals.get(name)
-    function = known or ir.Function(builder.module, ir.FunctionType(real, [real, _REALS]), name)
+    real = ir.FloatType()
+    function = _declared(builder, "llvm.vector.reduce.fadd.v16f32", real, [real, _REALS])
     return builder.call(function, [ir.Constant(real, -0.0), vector], fastmath=("reassoc",))
 
 

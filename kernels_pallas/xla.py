@@ -1,6 +1,7 @@
 """Paged attention in plain XLA: loops over blocks of pages with online softmax (Milakov and Gimelshein 2018, Rabe and
 Staats 2021) and a traced bound, so that one program serves every context length and reads only what the rows hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,17 +58,25 @@ def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: i
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: int | jax.Array,
+    work: Work,
+    *,
+    decode: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache."""
+    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache. decode:
+    of (q, cache, num_kv_heads, layer, work.decode, kind), where it is not this module's."""
     decode_plan, prefill_plan = work.decode, work.prefill
     num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
     cache = writes.write(cache, layer, k, v, work.writes)
     outs = []
     if decode_plan is not None:
-        outs.append(_decode(q[:num_decode], cache, k.shape[1], layer, decode_plan, work.kind))
+        outs.append((decode or _decode)(q[:num_decode], cache, k.shape[1], layer, decode_plan, work.kind))
     if prefill_plan is not None:
-        outs.append(prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
+        outs.append(_prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
 
 
@@ -173,7 +182,7 @@ def _merge(carry: tuple[jax.Array, ...], items: tuple[jax.Array, ...], rows: jax
     return new_maximum, total, out
 
 
-def prefill(
+def _prefill(
     q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, plan: PrefillPlan, kind: LayerKind
 ) -> jax.Array:
     """q [T, H, D] of R chunks against the pages of their rows -> [T, H, D].

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from jaxserve.config import default_cache_dir
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _needs_model(item: pytest.Item) -> bool:
     return not {"live", "engines"}.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """New numbers in every run; a failed test shows the SEED that brings them back."""
+    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
+    print(f"SEED={seed}")
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="session")

@@ -322,13 +322,6 @@ def own_tails(shape: Shape, case: Case) -> np.ndarray:
     return tails
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
-    print(f"SEED={seed}")
-    return np.random.default_rng(seed)
-
-
 @pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
 def test_a_backend_computes_the_definition_and_writes_only_its_new_tokens(backend, shape, rng, capfd):
     dtype, tolerance = jnp.dtype("float32" if is_quantised(shape.dtype) else shape.dtype), TOLERANCE[shape.dtype]

@@ -28,13 +28,6 @@ SHAPES = [(1, 1), (3, 16), (5, 33), (64, 48), (131, 576), (2050, 100)]  # one ro
 KERNELS = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
-    print(f"SEED={seed}")
-    return np.random.default_rng(seed)
-
-
 def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
     values = rng.normal(size=shape) * (30 if dtype in ("int8", "float8_e4m3fn") else 1)
     return jnp.asarray(np.clip(values, -127, 127) if dtype == "int8" else values).astype(dtype)

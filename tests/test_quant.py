@@ -2,7 +2,6 @@
 computes with the very numbers that were stored."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,13 +41,6 @@ WEIGHTS = {  # of quantization_config; the activations' part is what such checkp
     "int8": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
     "fp8": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
 }
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
-    print(f"SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def is_matrix(name: str) -> bool:

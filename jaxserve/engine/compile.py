@@ -271,15 +271,15 @@ class _Builder:
         """All of them in a step of few tokens: calls of machine code compile at once, and between programs the threads
         change."""
         size = self.target.layers_per_program
-        return len(self.target.params.layers) if size is not None and self._is_few(bucket) else size
+        return len(self.target.params.layers) if size is not None and self._is_few(bucket.num_tokens) else size
 
-    def _is_few(self, bucket: Bucket) -> bool:
-        return bucket.num_tokens <= self.target.shape.layout.few_tokens
+    def _is_few(self, num_tokens: int) -> bool:
+        return num_tokens <= self.target.shape.layout.few_tokens
 
     def _lower_begin(self, bucket: Bucket) -> Any:
         t = self.target
         arguments = (t.params.embed, t.state.last_token, self._vector(bucket))
-        return self._lower(*self._begin(bucket), arguments, few=self._is_few(bucket))
+        return self._lower(*self._begin(bucket), arguments, few=self._is_few(bucket.num_tokens))
 
     def _begin(self, bucket: Bucket) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
         """The function, and how its arguments and results lie on the mesh."""
@@ -299,7 +299,7 @@ class _Builder:
             (self._tokens, PAGES),
             (some, hidden, t.state.cache, first, shared),
             donate=(1, 2),
-            few=self._is_few(bucket),
+            few=self._is_few(bucket.num_tokens),
         )
 
     def _lower_pick(self, bucket: Bucket) -> Any:
@@ -318,7 +318,7 @@ class _Builder:
         ins = (specs_of(t.params.embed), specs_of(t.params.head), self._tokens, BY_RANK, BY_RANK, STACKED, BY_RANK)
         state = (t.state.last_token, t.state.sampling)
         arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
-        few = bucket.num_rows <= t.shape.layout.few_tokens
+        few = self._is_few(bucket.num_rows)
         return self._lower(finish, ins, (BY_RANK, BY_RANK, TOLD), arguments, donate=(3, 4), few=few)
 
     def _begun(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, Any]:

@@ -74,7 +74,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array, *, gated: bool = False) -> jax.Array:
-        """gated: see kernels_pallas.cpu.product, which it is left to."""
+        """gated: x has twice the inputs, and silu of the first half times the second is what is multiplied; of
+        feature-major activations."""
         kernel = self.kernel[...]
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -82,6 +83,9 @@ class Linear(nnx.Module):
             if x.shape[1] <= self.few_tokens:
                 out = self._sum(cpu.product(kernel, x, scale, gated=gated))
             else:
+                if gated:
+                    gate, up = jnp.split(x, 2)
+                    x = jax.nn.silu(gate) * up
                 out = self._sum(quant.product("oi,it->ot", kernel, x, scale))
             return out if bias is None else out + bias[:, None]
         out = self._sum(quant.product("ti,oi->to" if self.out_in else "ti,io->to", x, kernel, scale))
@@ -158,12 +162,12 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, shares: Shares, dtype: jnp.dtype, layout: Layout):
         options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "layout": layout}
         options["quantization"] = config.quantization
-        self.few_tokens = layout.few_tokens
+        self.feature_major = layout.feature_major
         self.gate_up = Joint(config.embed_dim, (shares.mlp_dim, shares.mlp_dim), **options)
         self.down = Linear(shares.mlp_dim, config.embed_dim, adds_up=shares.tp > 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if x.shape[1] <= self.few_tokens:
+        if self.feature_major:
             return self.down(self.gate_up.whole(x), gated=True)
         gate, up = self.gate_up(x)
         return self.down(jax.nn.silu(gate) * up)
