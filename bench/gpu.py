@@ -22,6 +22,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[1]
+PLAN = ROOT / "bench" / "results" / "plan-h200-llama-8b.json"  # jaxserve plan --topology h200 --json of LLAMA_8B
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -66,6 +67,9 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
+SECONDS = {"kernels": 110, "server": 150, "step": 90, "step-int8": 95, "step-fp8": 95}  # of 540
+
+
 def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
     """Name -> the arguments of python -m; each writes folder/NAME.json."""
 
@@ -73,13 +77,13 @@ def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
         return ["--output", str(folder / f"{name}.json")]
 
     shape = ["--small", "--backend", "interpreted", "--shapes", "smollm2", "--kinds", "window"] if small else []
-    step = ["--batch", "1", "4"] if small else ["--batch", "1", "8", "64", "--prefill", "2048"]
-    step += ["--context", "128"] if small else ["--context", "128", "4096"]
+    step = ["--batch", "1", "4"] if small else ["--batch", "8", "64", "256", "--prefill", "2048", "--kernels", "6"]
+    step += ["--context", "128"] if small else ["--context", "128", "4096", "--plan", str(PLAN)]
     load = ["--num-prompts", "4", "--input-len", "20", "--output-len", "8", "--max-concurrency", "2"]
     if not small:
-        load = ["--num-prompts", "192", "--input-len", "1000", "--output-len", "128", "--max-concurrency", "1", "64"]
-    server = ["--model", str(model), "--load-format", "dummy", "--max-running-requests", "4" if small else "64"]
-    server += ["--max-model-len", "512"] if small else ["--dtype", "bfloat16"]
+        load = ["--num-prompts", "128", "--input-len", "1000", "--output-len", "128", "--max-concurrency", "8", "64"]
+    server = ["--model", str(model), "--load-format", "dummy"]
+    server += ["--max-running-requests", "4", "--max-model-len", "512"] if small else []
     config, dtype = str(model / "config.json"), "float32" if small else "bfloat16"
 
     def in_8_bits(method: str) -> list[str]:
@@ -90,7 +94,7 @@ def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
     return {
         "kernels": ["bench.kernels", *shape, *output("kernels")],
         "server": ["jaxserve", "bench", *server, *load, *output("server")],
-        "step": ["bench.step", "--config", config, "--dtype", dtype, "--seconds", "1", *step, *output("step")],
+        "step": ["bench.step", "--config", config, "--dtype", dtype, "--sampled", *step, *output("step")],
         **{
             f"step-{method}": ["bench.step", *in_8_bits(method), *output(f"step-{method}")]
             for method in ("int8", "fp8")
@@ -127,9 +131,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--small", action="store_true", help="a trial of all of it on a CPU")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
-    parser.add_argument(
-        "--only", nargs="+", choices=("kernels", "server", "step", "step-int8", "step-fp8"), help="these parts"
-    )
+    parser.add_argument("--only", nargs="+", choices=tuple(SECONDS), help="these parts")
     args = parser.parse_args()
     start = time.monotonic()
     result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "small": args.small, "parts": {}}
@@ -140,7 +142,8 @@ def main() -> int:
         for part in args.only or chosen:
             print(f"==> {part}", flush=True)
             left = args.seconds - (time.monotonic() - start)
-            ended = run(chosen[part], left, folder / f"{part}.log")
+            share = SECONDS[part] * args.seconds / 540
+            ended = run(chosen[part], min(share, left), folder / f"{part}.log")
             figures = folder / f"{part}.json"
             result["parts"][part] = ended | ({"figures": json.loads(figures.read_text())} if figures.exists() else {})
             args.output.parent.mkdir(parents=True, exist_ok=True)

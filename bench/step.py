@@ -10,6 +10,7 @@ config.json. Steps are launched one after another without reading between them; 
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,11 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.timing import device_kernels, queued_seconds, show
 from jaxserve.child import ENVIRONMENT
 from jaxserve.config import EngineConfig, ModelConfig, default_cache_dir
 from jaxserve.engine.build import Engine, build
 from jaxserve.engine.sizing import ITEMSIZE
-from jaxserve.scheduling.plan import EMIT, Bucket, StepPlan, packed_size, unpack
+from jaxserve.scheduling.buckets import choose_bucket
+from jaxserve.scheduling.plan import EMIT, SAMPLE, TRUNCATE, Bucket, StepPlan, packed_size, unpack
 from jaxserve.version import __version__
 
 DEFAULT_SHAPES = {  # SmolLM2-135M
@@ -67,28 +70,25 @@ class Measured:
     floor_ms: float
     ratio: float
     bound: str
-
-
-def best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
-    """The quickest of several calls, the first of which compiles and does not count."""
-    run().block_until_ready()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run().block_until_ready()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    sampled_ms: float | None = None  # the same step where every row draws within a top_p
+    kernels_ms: float | None = None  # of its time, what the device's kernels took under the profiler
 
 
 def measure_machine(dtype: str) -> Machine:
-    """Reads 512 MiB as row sums and as a product with a vector, whichever is quicker; multiplies square matrices."""
-    rows = jnp.ones((8192, 2**29 // 8192 // ITEMSIZE[dtype]), dtype)
-    vector = jnp.ones(rows.shape[1], dtype)
+    """Reads an array of half a gigabyte, or 8 on an accelerator, as row sums and as a product with a vector, whichever
+    is quicker; multiplies square matrices of random numbers."""
+    on_cpu = jax.devices()[0].platform == "cpu"
+
+    def best(run: Callable[[], jax.Array]) -> float:
+        return min(queued_seconds(run, 1 if on_cpu else 4, 7))
+
+    columns = (2**29 if on_cpu else 2**33) // 8192 // ITEMSIZE[dtype]
+    rows, vector = jnp.ones((8192, columns), dtype), jnp.ones(columns, dtype)
     sums, product = jax.jit(lambda x: jnp.sum(x, axis=1)), jax.jit(lambda x, y: x @ y)
-    reading = min(best_seconds(lambda: sums(rows)), best_seconds(lambda: product(rows, vector)))
-    size = 2048 if jax.devices()[0].platform == "cpu" else 8192
-    square = jnp.ones((size, size), dtype)
-    return Machine(rows.nbytes / reading, 2 * size**3 / best_seconds(lambda: product(square, square)))
+    reading = min(best(lambda: sums(rows)), best(lambda: product(rows, vector)))
+    size = 2048 if on_cpu else 8192
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return Machine(rows.nbytes / reading, 2 * size**3 / best(lambda: product(square, square)))
 
 
 def matmul_parameters(model: ModelConfig) -> tuple[int, int]:
@@ -113,22 +113,30 @@ def floor(engine: Engine, machine: Machine, bucket: Bucket, context: int) -> tup
     return max(seconds_memory, seconds_compute), "memory" if seconds_memory > seconds_compute else "compute"
 
 
-def make_plan(engine: Engine, bucket: Bucket, context: int) -> StepPlan | None:
-    """Every row in use: decode rows with context tokens before the new one, chunks behind context cached tokens (whole
-    pages) that share the prefill tokens evenly. None where a row would be longer than the server allows."""
+def make_plan(
+    engine: Engine,
+    bucket: Bucket,
+    context: int,
+    *,
+    rows: int | None = None,
+    chunks: int | None = None,
+    sampled: bool = False,
+) -> StepPlan | None:
+    """Decode rows with context tokens before the new one, chunks behind context cached tokens (whole pages) that share
+    the prefill tokens evenly; all that the bucket has, or so many. None where a row would be longer than the server
+    allows."""
     sizes = engine.sizes.scheduler
     page_size, num_decode = sizes.page_size, bucket.num_decode
-    share = bucket.num_prefill // max(bucket.num_chunks, 1) // page_size * page_size
     cached = context // page_size * page_size
-    chunks = bucket.num_chunks if share else bucket.num_prefill // page_size  # fewer rows than pages
-    share = share or page_size
+    chunks = min(chunks or bucket.num_chunks, bucket.num_prefill // page_size)  # there may be more rows than pages
+    share = bucket.num_prefill // max(chunks, 1) // page_size * page_size
     if max(context + 1, cached + share if chunks else 0) > sizes.max_model_len:
         return None
     packed = engine.runner.padding_plan(bucket)
     assert packed.size == packed_size(bucket, sizes.max_pages)
     arrays = unpack(packed, bucket, sizes.max_pages)
     used = num_decode + chunks
-    arrays.kv_lens[:num_decode] = context + 1
+    arrays.kv_lens[: num_decode if rows is None else rows] = context + 1
     arrays.kv_lens[num_decode:used] = cached + share
     arrays.positions[:num_decode] = context
     arrays.positions[num_decode:] = cached + np.arange(bucket.num_prefill) % share
@@ -138,6 +146,10 @@ def make_plan(engine: Engine, bucket: Bucket, context: int) -> StepPlan | None:
         arrays.positions[num_decode + chunks * share :] = cached + share
     arrays.slots[:used] = np.arange(used) % sizes.max_running
     arrays.flags[:used] = EMIT
+    if sampled:
+        arrays.flags[:used] |= SAMPLE | TRUNCATE
+        arrays.temperature[:] = np.float32(0.8).view(np.int32)
+        arrays.top_p[:] = np.float32(0.95).view(np.int32)
     pages = -(-arrays.kv_lens[:used] // page_size)
     start = 0
     for row, count in enumerate(pages):  # pages of their own, as long as the pool has some
@@ -158,6 +170,41 @@ def step_seconds(engine: Engine, plan: StepPlan, budget: float) -> float:
 
     count = max(2, round(budget / 6 / max(run(2), 1e-6)))
     return float(np.median([run(count) for _ in range(5)]))
+
+
+def against(engine: Engine, plan: dict[str, Any], budget: float) -> dict[str, dict[str, float]]:
+    """What `jaxserve plan --json` said before the machine was there, and what is found on it: bytes of a device, and
+    seconds of the steps that it gives a roofline of."""
+    sizes, memory = engine.sizes.scheduler, plan["memory"]
+    params, state = (jax.tree.leaves(tree) for tree in (engine.runner._params, engine.runner._state))
+    pages = engine.runner._state.cache.pages.nbytes
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", math.nan)
+    found = {
+        "weights, bytes": (memory["weights"], sum(leaf.nbytes for leaf in params)),
+        "KV cache, bytes": (memory["kv_cache"], pages),
+        "state, bytes": (memory["state"], sum(leaf.nbytes for leaf in state) - pages),
+        "in all, bytes at most": (
+            memory["weights"] + memory["kv_cache"] + memory["state"] + (memory["temporaries"] or 0),
+            used,
+        ),
+    }
+    for speed in (plan["alone"], plan["full"]):
+        users, context = speed["users"], speed["context"] - 1
+        step = make_plan(engine, choose_bucket(sizes, users, 0, 0), context, rows=users)
+        assert step is not None
+        name = f"a step of {users} with {context} tokens, s"
+        found[name] = (speed["step_seconds"], step_seconds(engine, step, budget))
+    if plan["prompt"] is not None:
+        context, chunk = plan["alone"]["context"], sizes.chunk_size
+        bucket = choose_bucket(sizes, 0, chunk, 1)
+        steps = [make_plan(engine, bucket, start, chunks=1) for start in range(0, context, chunk)]
+        seconds = [step_seconds(engine, step, budget / len(steps)) for step in steps if step is not None]
+        found[f"a prompt of {context}, s"] = (plan["prompt"]["seconds"], sum(seconds))
+    print(f"{'':36} {'predicted':>12} {'measured':>12} {'ratio':>6}")
+    for name, (predicted, measured) in found.items():
+        shown = [f"{value / 2**20:.1f} MiB" if "bytes" in name else f"{value * 1e3:.3f} ms" for value in found[name]]
+        print(f"{name:36} {shown[0]:>12} {shown[1]:>12} {measured / predicted:>6.3f}", flush=True)
+    return {name: {"predicted": predicted, "measured": measured} for name, (predicted, measured) in found.items()}
 
 
 def surroundings() -> dict[str, Any]:
@@ -209,16 +256,27 @@ def measure(engine: Engine, machine: Machine, args: argparse.Namespace) -> list[
                 continue
             seconds = step_seconds(engine, plan, args.seconds)
             least, bound = floor(engine, machine, bucket, context)
+            drawn = make_plan(engine, bucket, context, sampled=True) if args.sampled else None
             shape = (bucket.num_decode, bucket.num_prefill, bucket.num_chunks, context)
-            result = Measured(*shape, round(seconds * 1e3, 3), round(least * 1e3, 3), round(seconds / least, 2), bound)
+            figures = (round(seconds * 1e3, 3), round(least * 1e3, 3), round(seconds / least, 2), bound)
+            sampled = drawn and round(step_seconds(engine, drawn, args.seconds) * 1e3, 3)
+            traced = device_kernels(lambda plan=plan: engine.runner.launch(plan).result(), 5) if args.kernels else []
+            kernels = round(sum(milliseconds for _, milliseconds, _ in traced), 3) or None
+            result = Measured(*shape, *figures, sampled, kernels)
             results.append(result)
             prefill = f"{bucket.num_prefill}/{bucket.num_chunks}" if bucket.num_prefill else "-"
             print(
                 f"{bucket.num_decode:>6} {prefill:>8} {context:>8} {result.step_ms:>9.2f} {result.floor_ms:>9.2f} "
-                f"{result.ratio:>6.2f}  {bound}",
+                f"{result.ratio:>6.2f}  {bound}" + (f"; {result.sampled_ms} ms where rows draw" if drawn else ""),
                 flush=True,
             )
+            show(traced, args.kernels)
     return results
+
+
+def say(stage: str, done: int, total: int, message: str) -> None:
+    if stage == "compile" or done == total:
+        print(f"{stage}: {message}", file=sys.stderr, flush=True)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -233,6 +291,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-running", type=int, help="the engine's --max-running-requests")
     parser.add_argument("--chunked-prefill-size", type=int)
     parser.add_argument("--mixed", action="store_true", help="compile and measure mixed steps too")
+    parser.add_argument("--sampled", action="store_true", help="each step with rows that draw, too")
+    parser.add_argument("--plan", type=Path, help="of jaxserve plan --json with the same flags: to compare")
+    parser.add_argument("--kernels", type=int, default=0, help="of the device, that a step spends most time in")
     parser.add_argument("--seconds", type=float, default=2.0, help="per figure, about")
     parser.add_argument("--output", type=Path, help="default: bench/results/step-PLATFORM-DTYPE.json")
     return parser.parse_args(argv)
@@ -255,15 +316,18 @@ def main() -> None:
         config = EngineConfig(
             folder, cache_dir, load_format="dummy", dtype=args.dtype, mixed_chunk=args.mixed or None, **options
         )
-        engine = build(config, lambda stage, done, total, message: None)
-    machine = measure_machine(args.dtype)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.allocator_fraction:.3f}")  # as in a server
+        machine = measure_machine(args.dtype)  # while there is room
+        engine = build(config, say)
     told = facts(engine, shapes, machine)
     cpu = told["machine"]["cpu"] if engine.platform == "cpu" else engine.device_kind
     print(f"{cpu[:48]}, {args.dtype}: {told['bandwidth_gb_s']} GB/s, {told['rate_gflop_s']} GFLOP/s")
     results = measure(engine, machine, args)
+    compared = against(engine, json.loads(args.plan.read_text()), args.seconds) if args.plan else None
     output = args.output or Path(__file__).parent / "results" / f"step-{engine.platform}-{args.dtype}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(told | {"steps": [asdict(result) for result in results]}, indent=1) + "\n")
+    found = {"steps": [asdict(result) for result in results], "plan": compared}
+    output.write_text(json.dumps(told | found, indent=1) + "\n")
     print(f"written to {output}")
 
 

@@ -413,6 +413,12 @@ class EngineConfig:
     log_level: str = "info"
     cluster: Cluster | None = None  # None: one machine
 
+    @property
+    def allocator_fraction(self) -> float:
+        """Of a GPU's memory, what XLA's allocator may take: a little more than is planned for, since what the fastest
+        products need beside their results is found by trying them."""
+        return self.mem_fraction + min(0.05, (1 - self.mem_fraction) / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:

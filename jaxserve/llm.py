@@ -295,7 +295,7 @@ class _Background:
 
     def __init__(self, config: EngineConfig) -> None:
         if "jax" not in sys.modules:  # the engine's process is told the same by its launcher
-            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction))
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.allocator_fraction:.3f}")
         ours, theirs = Pipe()
         self.client = EngineClient(ours)
         self.loop = asyncio.new_event_loop()

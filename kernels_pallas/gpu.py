@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gpu_decode, gpu_prefill, writes
@@ -45,6 +46,7 @@ def plan(
         decode = gpu_decode.plan(rows.page_table, rows.kv_lens, page_size, kind, **options)
     if chunks is not None:
         prefill = gpu_prefill.plan(chunks.page_table, chunks.kv_lens, chunks.starts, chunks.positions, page_size, kind)
+    decode, prefill = lax.optimization_barrier((decode, prefill))  # see attend
     return Work(decode, prefill, kind, writes.plan(rows, chunks, page_size))
 
 
@@ -59,13 +61,19 @@ def attend(
     num_blocks: int = gpu_decode.NUM_BLOCKS,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA would copy the cache."""
+    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA would copy the cache.
+
+    Mosaic refuses arrays that do not begin on a border of 256 bytes, and XLA hands a custom call a slice of a larger
+    array in place; the barriers give the kernels arrays of their own.
+    """
     pages = writes.write(cache, layer, k, v, work.writes).pages
     num_decode = 0 if work.decode is None else work.decode.kv_lens.shape[0]
     options = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}
     outs = []
     if work.decode is not None:
-        outs.append(gpu_decode.attend(q[:num_decode], pages, layer, work.decode, num_blocks=num_blocks, **options))
+        new = lax.optimization_barrier(q[:num_decode])
+        outs.append(gpu_decode.attend(new, pages, layer, work.decode, num_blocks=num_blocks, **options))
     if work.prefill is not None:
-        outs.append(gpu_prefill.attend(q[num_decode:], pages, layer, work.prefill, **options))
+        new = lax.optimization_barrier(q[num_decode:])
+        outs.append(gpu_prefill.attend(new, pages, layer, work.prefill, **options))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)

@@ -25,12 +25,13 @@ from flax import nnx
 from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
 from jaxserve.config import ModelConfig
-from jaxserve.engine.compile import StagedStep, WholeStep
+from jaxserve.engine.compile import SplitStep, StagedStep, WholeStep
 from jaxserve.engine.grammars import load_vocabulary
 from jaxserve.engine.processor import cpu_features, prefers_bfloat16
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.model import llama
 from jaxserve.model.partition import Shares
+from jaxserve.model.sampling import Asks
 from jaxserve.scheduling.scheduler import SchedulerConfig
 from jaxserve.text.grammar import regex
 from jaxserve.types import SamplingParams
@@ -130,7 +131,8 @@ def test_whole_and_staged_steps_and_all_layouts_give_the_same_log_probabilities(
     for layout in ("cpu", "gpu", "tpu"):
         prefill_only = layout != "cpu"
         runner = build_runner(monkeypatch, shared_folder(name), sizes, layout=layout, prefill_only=prefill_only)
-        assert all(isinstance(step, WholeStep) for step in runner._programs.steps.values())
+        made = SplitStep if layout == "gpu" else WholeStep
+        assert all(isinstance(step, made) for step in runner._programs.steps.values())
         count = 1 if prefill_only else 4
         answers = Driver(runner, sizes).run([(prompt, greedy(count)) for prompt, _ in wanted])
         for want, got in zip(expected, answers, strict=True):
@@ -187,7 +189,7 @@ def test_padding_plans_change_no_page_and_no_slot_in_use():
     Driver(engine.runner, sizes).run([(prompt, greedy(3)) for prompt in draw_prompts(30, 5)])
     before = jax.tree.map(np.array, engine.runner._state)
     for bucket in engine.runner._programs.steps:
-        engine.runner._run(bucket, engine.runner.padding_plan(bucket))
+        engine.runner._begin(bucket, engine.runner.padding_plan(bucket), Asks.ANYTHING)(None)
     after = jax.tree.map(np.array, engine.runner._state)
     np.testing.assert_array_equal(before.cache.pages[:, 1:], after.cache.pages[:, 1:])
     np.testing.assert_array_equal(before.last_token[:-1], after.last_token[:-1])

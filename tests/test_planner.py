@@ -75,7 +75,7 @@ def test_8_bits_fit_what_floats_do_not():
     assert plan.fits and plan.memory is not None and 8.4 < plan.memory.weights / GIB < 8.6
     assert small.kv_tokens is not None and plan.kv_tokens is not None
     assert "Room (bfloat16, weights int8, cache int8, tensor parallel 1)" in describe(small)
-    assert 1.75 < small.kv_tokens / plan.kv_tokens < 2
+    assert 1.6 < small.kv_tokens / plan.kv_tokens < 2  # of whole blocks of pages
     assert plan.alone is not None and small.alone is not None and small.alone.step_seconds < plan.alone.step_seconds
     with pytest.raises(ConfigError, match="--quantization fp8: the checkpoint is int8 already"):
         read_model("Llama-3.1-8B")[1].quantized("int8").quantized("fp8")

@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.model import sampling
-from jaxserve.model.sampling import SamplingRows, SamplingState, admit, init_state, sample
+from jaxserve.model.sampling import Asks, SamplingRows, SamplingState, admit, init_state, sample
 
 N, V, SLOTS, MAX_STOP, NUM_TOP = 6, 1000, 7, 4, 5
 MAX_TOKENS, MAX_BIAS = 64, 8
 
-compiled = jax.jit(partial(sample, num_top=NUM_TOP), donate_argnums=2, static_argnames="vocab_axis")
+compiled = jax.jit(
+    partial(sample, num_top=NUM_TOP), donate_argnums=2, static_argnames=("vocab_axis", "asks", "branches")
+)
 admitted = jax.jit(admit, donate_argnums=0)
 limits = jax.jit(sampling._limits)
 random_bits = jax.jit(sampling._random_bits)
@@ -150,6 +152,24 @@ def test_the_tokens_kept_are_those_of_a_sort(spread):
                 got = d.astype(np.float32).view(np.int32) <= most
                 assert np.array_equal(got, expected > 0), f"seed 1, trial {trial}, {row}"
     assert checked > 50
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("vocab", [V, 1024])
+def test_a_device_without_branches_draws_the_same_tokens(rng, spread, vocab):
+    """Of every kind of step; where no row asks for it, what a step could do besides is left out."""
+    rows = random_rows(rng, 24)
+    logits = jnp.asarray(rng.normal(size=(24, vocab)) * spread, jnp.float32)
+    state = partial(init_state, SLOTS, vocab, MAX_STOP)
+    wanted = step(logits, rows_of(rows), state())[1].token_ids
+    for asks in (Asks.DRAWS, Asks.ANYTHING):
+        found = step(logits, rows_of(rows), state(), asks=asks, branches=False)[1]
+        np.testing.assert_array_equal(found.token_ids, wanted, err_msg=asks.value)
+    plain = rows_of([replace(row, sample=False) for row in rows])
+    wanted = step(logits, plain, state())
+    found = step(logits, plain, state(), asks=Asks.GREEDY, branches=False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_token_is_the_one_the_uniform_number_hits():

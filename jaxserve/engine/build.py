@@ -117,7 +117,15 @@ def build(config: EngineConfig, report: Report, machines: Machines | None = None
         lacking = None if machines is None else machines.lacking
         runner.compile(blueprint.params, compile_progress(report), folder=programs, lacking=lacking)
         params = loading.result()
-    runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
+    try:
+        runner.load(params, lambda done, total: report("warmup", done, total, f"ran {done}/{total}"))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"the device's memory is too small for the largest step at --mem-fraction-static {config.mem_fraction}; "
+            "lower that, --max-running-requests or --chunked-prefill-size, or free what others hold of the memory"
+        ) from error
     return Engine(runner, sizes, model, counter, platform, devices[0].device_kind, len(devices))
 
 

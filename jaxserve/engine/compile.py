@@ -21,10 +21,11 @@ from jaxserve.config import ModelConfig
 from jaxserve.engine import readout
 from jaxserve.engine.executables import MISS_EVENT, Entry, ExecutableStore
 from jaxserve.engine.spread import BY_RANK, BY_RANK_COLUMNS, EVERYWHERE, PAGES, STACKED, TOLD, Spread, specs_of
-from jaxserve.engine.step import DeviceState, StepOutput, StepShape, pick, run_layers, step
+from jaxserve.engine.step import DeviceState, StepOutput, StepShape, forward, pick, run_layers, step
 from jaxserve.engine.step import begin as begin_step
 from jaxserve.engine.step import finish as finish_step
 from jaxserve.model import sampling
+from jaxserve.model.sampling import Asks
 from jaxserve.model.sharding import Params
 from jaxserve.model.stacked import repeats
 from jaxserve.scheduling.plan import Bucket, num_words, packed_size
@@ -95,6 +96,8 @@ class Target:
 class WholeStep:
     """A step as one compiled program: it cannot begin before it has its masks."""
 
+    kinds = (Asks.ANYTHING,)
+
     def __init__(self, program: Any):
         self._program = program
 
@@ -105,9 +108,36 @@ class WholeStep:
         return state, vector
 
     def finish(
-        self, params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array
+        self, params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array, asks: Asks
     ) -> tuple[DeviceState, StepOutput]:
+        del asks  # the device sees for itself
         return self._program(params, state, vector, masks)
+
+
+class SplitStep:
+    """A step as two compiled programs, the second of which is there once for everything that its rows may ask for: none
+    that is usual has a branch, at which a GPU's host waits instead of launching the next step."""
+
+    kinds = tuple(Asks)
+
+    def __init__(self, forward: Any, samples: Mapping[Asks, Any]):
+        self._forward, self._samples = forward, samples
+
+    def begin(
+        self, params: Params, state: DeviceState, vector: jax.Array, *, warm_up: bool = False
+    ) -> tuple[DeviceState, Any]:
+        del warm_up  # one run of the one program
+        cache, *begun = self._forward(params.embed, params.layers, state.cache, state.last_token, vector)
+        return replace(state, cache=cache), begun
+
+    def finish(
+        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array, asks: Asks
+    ) -> tuple[DeviceState, StepOutput]:
+        hidden, rows, prefilled = begun
+        last_token, sampling, output = self._samples[asks](
+            params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks
+        )
+        return DeviceState(state.cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,8 @@ class StagedStep:
     XLA's CPU compiler takes 0.4 s a layer on two cores and shares nothing between equal layers; a call costs 0.1 ms.
     All but the last program runs before the masks are known.
     """
+
+    kinds = (Asks.ANYTHING,)
 
     first: Any  # step.begin
     layers: Any
@@ -138,8 +170,9 @@ class StagedStep:
         return replace(state, cache=cache), (hidden, shared.rows, prefilled)
 
     def finish(
-        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array
+        self, params: Params, state: DeviceState, begun: Any, masks: jax.Array, asks: Asks
     ) -> tuple[DeviceState, StepOutput]:
+        del asks  # the device sees for itself
         hidden, rows, prefilled = begun
         last_token, sampling, output = self.sample(
             params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks
@@ -147,11 +180,14 @@ class StagedStep:
         return DeviceState(state.cache, last_token, sampling), replace(output, hidden=prefilled)
 
 
+Step = WholeStep | SplitStep | StagedStep
+
+
 @dataclass(frozen=True)
 class Programs:
     """Compiled objects only: calling one with another shape is an error, never a compile."""
 
-    steps: dict[Bucket, WholeStep | StagedStep]
+    steps: dict[Bucket, Step]
     admit: Any
     score: Any  # engine.readout
     pool: Any
@@ -259,13 +295,18 @@ class _Builder:
     def add_bucket(self, bucket: Bucket) -> None:
         """Nothing is traced here: a program that is found by its key need not be."""
         if self.target.layers_per_program is None:
-            self.add(("step", bucket), lambda: self._lower_whole(bucket))
+            if self.target.shape.layout.branches:
+                self.add(("step", bucket), lambda: self._lower_whole(bucket))
+                return
+            self.add(("forward", bucket), lambda: self._lower_forward(bucket))
+            for asks in SplitStep.kinds:
+                self.add(("finish", bucket.num_rows, asks), lambda asks=asks: self._lower_finish(bucket, asks))
             return
         self.add(("begin", bucket), lambda: self._lower_begin(bucket))
         self.add(("layers", bucket), lambda: self._lower_layers(bucket))
         if bucket.num_prefill:
             self.add(("pick", bucket), lambda: self._lower_pick(bucket))
-        self.add(("finish", bucket.num_rows), lambda: self._lower_finish(bucket))
+        self.add(("finish", bucket.num_rows, Asks.ANYTHING), lambda: self._lower_finish(bucket, Asks.ANYTHING))
 
     def _layers_per_program(self, bucket: Bucket) -> int | None:
         """All of them in a step of few tokens: calls of machine code compile at once, and between programs the threads
@@ -309,12 +350,12 @@ class _Builder:
         function = functools.partial(pick, shape=self.target.shape, bucket=bucket)
         return function, (self._tokens, STACKED), (self._tokens, self._tokens)
 
-    def _lower_finish(self, bucket: Bucket) -> Any:
+    def _lower_finish(self, bucket: Bucket, asks: Asks) -> Any:
         t = self.target
         rows, shared = self._begun(bucket)
         if bucket.num_prefill:
             rows, _ = self._abstract(*self._pick(bucket), (rows, shared))
-        finish = functools.partial(finish_step, shape=t.shape)
+        finish = functools.partial(finish_step, shape=t.shape, asks=asks)
         ins = (specs_of(t.params.embed), specs_of(t.params.head), self._tokens, BY_RANK, BY_RANK, STACKED, BY_RANK)
         state = (t.state.last_token, t.state.sampling)
         arguments = (t.params.embed, t.params.head, rows, *state, shared.rows, self._masks(bucket))
@@ -329,7 +370,10 @@ class _Builder:
             self._begun_by_bucket[bucket] = self._abstract(*self._begin(bucket), arguments)
         return self._begun_by_bucket[bucket]
 
-    def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> WholeStep | StagedStep:
+    def assemble(self, bucket: Bucket, done: dict[Any, Any]) -> Step:
+        if ("forward", bucket) in done:
+            samples = {asks: done["finish", bucket.num_rows, asks] for asks in SplitStep.kinds}
+            return SplitStep(done["forward", bucket], samples)
         size = self._layers_per_program(bucket)
         if size is None:
             return WholeStep(done["step", bucket])
@@ -338,7 +382,7 @@ class _Builder:
             first=done["begin", bucket],
             layers=done["layers", bucket],
             pick=done.get(("pick", bucket)),
-            sample=done["finish", bucket.num_rows],
+            sample=done["finish", bucket.num_rows, Asks.ANYTHING],
             firsts=tuple(self.target.spread.put(np.int32(first), EVERYWHERE) for first in firsts),
         )
 
@@ -353,6 +397,13 @@ class _Builder:
     def _masks(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
         shape = (bucket.num_rows, num_words(self.target.shape.config.vocab_size))
         return self.target.spread.abstract(shape, jnp.int32)
+
+    def _lower_forward(self, bucket: Bucket) -> Any:
+        t = self.target
+        function = functools.partial(forward, shape=t.shape, bucket=bucket)
+        arguments = (t.params.embed, t.params.layers, t.state.cache, t.state.last_token, self._vector(bucket))
+        ins = (specs_of(t.params.embed), specs_of(t.params.layers), PAGES, BY_RANK, BY_RANK)
+        return self._lower(function, ins, (PAGES, self._tokens, STACKED, self._tokens), arguments, donate=(2,))
 
     def _lower_whole(self, bucket: Bucket) -> Any:
         t = self.target

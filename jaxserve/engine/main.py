@@ -44,7 +44,7 @@ def main(connection: Connection, config: EngineConfig) -> None:
     _configure_logging(config.log_level, config.cluster.rank if config.cluster else 0)
     if config.device != "auto":
         os.environ["JAX_PLATFORMS"] = _PLATFORMS[config.device]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.allocator_fraction:.3f}")
     code = run(connection, config, on_disconnect=lambda: os._exit(0))
     logging.shutdown()
     sys.stderr.flush()

@@ -18,9 +18,30 @@ from jaxserve.model import sampling
 from jaxserve.model.partition import Shares
 from jaxserve.model.sharding import Params
 from jaxserve.scheduling.buckets import SchedulerConfig, buckets
-from jaxserve.scheduling.plan import LOGPROBS, Admission, Bucket, Plan, StepResult, num_words, packed_size, unpack
+from jaxserve.scheduling.plan import (
+    BIAS,
+    GRAMMAR,
+    LOGPROBS,
+    PENALTIES,
+    SAMPLE,
+    SUPPRESS_STOP,
+    Admission,
+    Bucket,
+    Plan,
+    StepResult,
+    num_words,
+    packed_size,
+    unpack,
+)
 from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from kernels_pallas import cache as kv_cache
+
+
+def asks_of(flags: int) -> sampling.Asks:
+    """What a step asks for at most whose rows have these flags."""
+    if flags & (PENALTIES | BIAS | SUPPRESS_STOP | LOGPROBS | GRAMMAR):
+        return sampling.Asks.ANYTHING
+    return sampling.Asks.DRAWS if flags & SAMPLE else sampling.Asks.GREEDY
 
 
 class Handle:
@@ -119,9 +140,10 @@ class ModelRunner:
         self._reader = Reader(programs.score, programs.pool, params, self._spread, num_spans)
         hidden = None
         for done, bucket in enumerate(programs.steps, start=1):
-            output = self._run(bucket, self.padding_plan(bucket), warm_up=True)
-            output.token_ids.block_until_ready()
-            hidden = output.hidden if hidden is None else hidden
+            for asks in programs.steps[bucket].kinds:
+                output = self._begin(bucket, self.padding_plan(bucket), asks, warm_up=True)(None)
+                output.token_ids.block_until_ready()
+                hidden = output.hidden if hidden is None else hidden
             progress(done, len(programs.steps))
         if hidden is not None:
             self._reader.warm_up(hidden)
@@ -131,7 +153,8 @@ class ModelRunner:
         them."""
         for admissions in zip_longest(*(part.admissions for part in plan.parts)):
             self._admit(admissions)
-        begun = self._begin(plan.bucket, plan.packed)
+        flags = int(np.bitwise_or.reduce(np.concatenate([part.arrays.flags for part in plan.parts]), axis=None))
+        begun = self._begin(plan.bucket, plan.packed, asks_of(flags))
 
         def finish(masks: np.ndarray | None) -> tuple[StepOutput, Reading | None]:
             output = begun(masks)
@@ -141,8 +164,7 @@ class ModelRunner:
             assert output.hidden is not None, "only prefill tokens are read"
             return replace(output, hidden=None), self._reader.launch(readings, output.hidden)
 
-        wants_logprobs = any((part.arrays.flags & LOGPROBS).any() for part in plan.parts)
-        handle = Handle(finish, wants_logprobs, len(plan.parts))
+        handle = Handle(finish, bool(flags & LOGPROBS), len(plan.parts))
         if not plan.is_constrained:
             handle.sample(None)
         return handle
@@ -155,11 +177,8 @@ class ModelRunner:
         arrays.chunk_starts[:] = bucket.num_prefill
         return np.tile(vector, self._spread.num_ranks)
 
-    def _run(self, bucket: Bucket, packed: np.ndarray, *, warm_up: bool = False) -> StepOutput:
-        return self._begin(bucket, packed, warm_up=warm_up)(None)
-
     def _begin(
-        self, bucket: Bucket, packed: np.ndarray, *, warm_up: bool = False
+        self, bucket: Bucket, packed: np.ndarray, asks: sampling.Asks, *, warm_up: bool = False
     ) -> Callable[[np.ndarray | None], StepOutput]:
         """Dispatch what needs no masks -> what dispatches the rest."""
         vector = self._spread.put(packed)
@@ -168,7 +187,7 @@ class ModelRunner:
 
         def finish(masks: np.ndarray | None) -> StepOutput:
             given = self._open_masks(bucket.num_rows) if masks is None else self._spread.put(masks)
-            self._state, output = step.finish(self._params, self._state, begun, given)
+            self._state, output = step.finish(self._params, self._state, begun, given, asks)
             return output
 
         return finish

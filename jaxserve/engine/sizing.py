@@ -129,7 +129,8 @@ def resolve(model: ModelConfig, config: EngineConfig, device: DeviceFacts) -> Si
             f"--max-model-len {config.max_model_len} is more than the model's {model.max_position} positions"
         )
     asked = None if config.max_total_tokens is None else -(-config.max_total_tokens // dp)
-    memory = None if device.memory is None else _room(model, config, device.memory, dtype, tp)
+    chunk = min(_chunk_size(config, device.platform, page_size), wanted)
+    memory = None if device.memory is None else _room(model, config, device.memory, dtype, tp, max_running, chunk)
     num_pages = _num_pages(asked, memory, page_size, token_bytes, wanted)
     capacity = (num_pages - 1) * page_size
     if wanted > capacity:
@@ -174,10 +175,16 @@ def _batch_prefill(config: EngineConfig, chunk: int, page_size: int) -> int:
     return max(page_size, -(-asked // page_size) * page_size)
 
 
-def _room(model: ModelConfig, config: EngineConfig, memory: int, dtype: str, tp: int) -> int:
+def _room(
+    model: ModelConfig, config: EngineConfig, memory: int, dtype: str, tp: int, max_running: int, chunk: int
+) -> int:
     """Bytes of a device that are left for the KV cache."""
-    # Temporaries: logits of every row in float32 a few times over, and activations of a chunk.
-    temporaries = 1 * GIB + 16 * model.vocab_size * 256
+    # Logits of every row in float32 a few times over (an H200's largest step took 1.26 GiB for 6 of them and the
+    # activations, 8B, 272 rows), what sampling remembers of each slot, activations of a chunk, and what nobody counts.
+    logits, state = 6 * 4 * max_running * model.vocab_size, 8 * max_running * model.vocab_size
+    wide = 2 * Shares.of(model, tp).mlp_dim + 4 * model.embed_dim
+    activations = 2 * ITEMSIZE[dtype] * (max_running + chunk) * wide
+    temporaries = GIB // 4 + logits + state + activations
     weights = weight_bytes(model, dtype, tp)
     room = int(memory * config.mem_fraction - weights - temporaries)
     if room <= 0:
@@ -217,14 +224,19 @@ def _decode_ladder(max_running: int, device: DeviceFacts, dtype: str) -> tuple[i
     return (*sizes, max_running)
 
 
+def _chunk_size(config: EngineConfig, platform: str, page_size: int) -> int:
+    """Prefill tokens of a step at most, in whole pages; a shorter context makes it smaller."""
+    return -(-(config.chunked_prefill_size or (256 if platform == "cpu" else 2048)) // page_size) * page_size
+
+
 def _prefill_ladder(
     config: EngineConfig, platform: str, page_size: int, context: int, notes: list[str]
 ) -> tuple[tuple[int, int], ...]:
     """(T, R): from one page up to the chunk size by powers of two (CPU, where a padded token costs as much as a real
     one) or four; R rows in each, which takes the decode ladder's sizes, as a step's last program is compiled per R."""
-    asked = config.chunked_prefill_size or (256 if platform == "cpu" else 2048)
-    chunk = -(-asked // page_size) * page_size
-    if config.chunked_prefill_size and chunk != asked:
+    chunk = _chunk_size(config, platform, page_size)
+    if config.chunked_prefill_size and chunk != config.chunked_prefill_size:
+        asked = config.chunked_prefill_size
         notes.append(f"--chunked-prefill-size {asked} rounded up to {chunk}, whole pages of {page_size}")
     chunk = min(chunk, -(-context // page_size) * page_size)
     sizes = []

@@ -58,10 +58,12 @@ class Spread:
     @property
     def compiler_options(self) -> dict[str, str] | None:
         """What XLA is told for programs that read weights. TPU7x: bfloat16 arrays keep the tiles they come in; left to
-        itself the compiler lays out every weight anew in every step, which needs room for all of them once more."""
-        if self.devices[0].device_kind != "TPU7x":
-            return None
-        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}
+        itself the compiler lays out every weight anew in every step, which needs room for all of them once more. GPUs:
+        it computes nothing twice to save memory, of which it believes that a cache written in place needs double."""
+        device = self.devices[0]
+        if device.device_kind == "TPU7x":
+            return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}
+        return {"xla_disable_hlo_passes": "rematerialization"} if device.platform == "gpu" else None
 
     @property
     def is_one(self) -> bool:

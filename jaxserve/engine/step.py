@@ -86,13 +86,30 @@ def step(
     params: Params, state: DeviceState, vector: jax.Array, masks: jax.Array, *, shape: StepShape, bucket: Bucket
 ) -> tuple[DeviceState, StepOutput]:
     """params, state, vector [packed plan] int32, masks as in finish -> the next state and the tokens sampled."""
-    hidden, shared = begin(params.embed, state.last_token, vector, shape=shape, bucket=bucket)
-    hidden, cache = run_layers(params.layers, hidden, state.cache, jnp.int32(0), shared, shape=shape)
-    hidden, prefilled = pick(hidden, shared, shape=shape, bucket=bucket)
+    cache, hidden, rows, prefilled = forward(
+        params.embed, params.layers, state.cache, state.last_token, vector, shape=shape, bucket=bucket
+    )
     last_token, sampling_state, output = finish(
-        params.embed, params.head, hidden, state.last_token, state.sampling, shared.rows, masks, shape=shape
+        params.embed, params.head, hidden, state.last_token, state.sampling, rows, masks, shape=shape
     )
     return DeviceState(cache, last_token, sampling_state), replace(output, hidden=prefilled)
+
+
+def forward(
+    embed: Sequence[jax.Array],
+    layers: Sequence[Sequence[jax.Array]],
+    cache: KVCache,
+    last_token: jax.Array,
+    vector: jax.Array,
+    *,
+    shape: StepShape,
+    bucket: Bucket,
+) -> tuple[KVCache, jax.Array, sampling.SamplingRows, jax.Array | None]:
+    """All of a step before its logits -> the cache, hidden [S + R, E], how the rows are sampled, StepOutput.hidden."""
+    hidden, shared = begin(embed, last_token, vector, shape=shape, bucket=bucket)
+    hidden, cache = run_layers(layers, hidden, cache, jnp.int32(0), shared, shape=shape)
+    hidden, prefilled = pick(hidden, shared, shape=shape, bucket=bucket)
+    return cache, hidden, shared.rows, prefilled
 
 
 def begin(
@@ -165,12 +182,14 @@ def finish(
     masks: jax.Array,
     *,
     shape: StepShape,
+    asks: sampling.Asks = sampling.Asks.ANYTHING,
 ) -> tuple[jax.Array, sampling.SamplingState, StepOutput]:
     """hidden [S + R, E], masks [S + R, ceil(V / 32)] int32 of the tokens that each row may sample -> logits, sampled;
     last_token and the sampling state take in what was drawn."""
     logits = merge(shape.structure.head, head)(hidden, merge(shape.structure.embed, embed))
     vocab_axis = 0 if shape.layout.feature_major else 1
-    state, sampled = sampling.sample(logits, rows, state, masks, num_top=MAX_TOP_LOGPROBS, vocab_axis=vocab_axis)
+    options = {"num_top": MAX_TOP_LOGPROBS, "vocab_axis": vocab_axis, "branches": shape.layout.branches}
+    state, sampled = sampling.sample(logits, rows, state, masks, asks=asks, **options)
     output = StepOutput(
         token_ids=sampled.token_ids[:, None],
         num_tokens=rows.emit.astype(jnp.int32),

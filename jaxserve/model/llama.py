@@ -33,17 +33,19 @@ class Layout:
     feature_major (CPU): activations are [features, T], every kernel [out, in] as published, and projections that share
     an input share a kernel. Otherwise activations are [T, features] and kernels [in, out], except that out_in (TPU)
     keeps q, k, v and the head [out, in], which the compiler would copy in every step. few_tokens (CPU): products of up
-    to so many tokens are kernels_pallas.cpu's.
+    to so many tokens are kernels_pallas.cpu's. branches: at one, a device goes on by itself; a GPU's host waits for it.
     """
 
     feature_major: bool = False
     out_in: bool = False
     few_tokens: int = 0
+    branches: bool = True
 
     @classmethod
     def of(cls, platform: str) -> "Layout":
         few_tokens = cpu.MOST_TOKENS if platform == "cpu" and cpu.why_not() is None else 0
-        return cls(feature_major=platform == "cpu", out_in=platform in ("cpu", "tpu"), few_tokens=few_tokens)
+        known = platform in ("cpu", "tpu")
+        return cls(feature_major=platform == "cpu", out_in=known, few_tokens=few_tokens, branches=known)
 
 
 class Linear(nnx.Module):

@@ -15,10 +15,15 @@ Order, per row: penalties, bias, stop suppression -> temperature -> top_k -> top
 A row's answer depends on that row alone. Everything is measured as distance from the row's largest logit: a float32 >=
 0, whose bits, read as int32, have the same order. Probabilities are summed as 31-bit fixed point: integer sums do not
 depend on their order, so thresholds found by bisection and by candidates agree exactly, and a seeded row draws the same
-token in every batch size. There is no sort of the vocabulary, and what no row asks for is behind lax.cond.
+token in every batch size. There is no sort of the vocabulary, and what no row asks for is behind lax.cond: on devices
+that find their way alone. A GPU's host waits at every branch until the GPU has come there, and neither has anything to
+do meanwhile; so there the host says what the rows of a step ask for at most (Asks), and thresholds are bisected in a
+fixed number of turns.
 """
 
+import enum
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -83,6 +88,14 @@ class Sampled:
     top_logprobs: Array  # [N, num_top] float32
 
 
+class Asks(enum.Enum):
+    """What the rows of a step ask for at most."""
+
+    GREEDY = "greedy"  # the likeliest tokens
+    DRAWS = "draws"  # and temperature, top_k, top_p, min_p
+    ANYTHING = "anything"
+
+
 def init_state(num_slots: int, vocab_size: int, max_stop: int) -> SamplingState:
     """-> the state of num_slots empty slots and one scratch slot."""
     rows = num_slots + 1
@@ -122,7 +135,15 @@ def admit(
 
 
 def sample(
-    logits: Array, rows: SamplingRows, state: SamplingState, masks: Array, *, num_top: int, vocab_axis: int = 1
+    logits: Array,
+    rows: SamplingRows,
+    state: SamplingState,
+    masks: Array,
+    *,
+    num_top: int,
+    vocab_axis: int = 1,
+    asks: Asks = Asks.ANYTHING,
+    branches: bool = True,
 ) -> tuple[SamplingState, Sampled]:
     """logits [N, V] float32 -> one token per row, and the state in which rows with penalties have counted theirs.
 
@@ -130,19 +151,25 @@ def sample(
     constrained.
 
     vocab_axis 0: logits are [V, N]; turning them round costs as much as the CPU's whole head at two rows, so only steps
-    that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. Raises ValueError
-    if num_top exceeds V.
+    that need more than an argmax do. A logit of -inf is never sampled unless the whole row is -inf. asks: rows that ask
+    for more do not get it. branches: the device finds its way alone. Raises ValueError if num_top exceeds V.
     """
     if num_top > logits.shape[vocab_axis]:
         vocab = logits.shape[vocab_axis]
         raise ValueError(f"num_top is {num_top}; at most the vocabulary's {vocab} tokens can be reported")
-    token_ids = _choose(logits, rows, state, masks, vocab_axis)
+    if asks is not Asks.ANYTHING:
+        plain = asks is Asks.GREEDY
+        token_ids = _argmax(logits, vocab_axis) if plain else _draw(_by_row(logits, vocab_axis), rows, branches, True)
+        return state, _nothing_reported(token_ids, num_top)
+    token_ids = _choose(logits, rows, state, masks, vocab_axis, branches)
     counted = jnp.where(rows.emit & rows.penalties, rows.slots, state.counts.shape[0])
     state = replace(state, counts=state.counts.at[counted, token_ids].add(1, mode="drop"))
     return state, _report(logits, token_ids, jnp.any(rows.emit & rows.logprobs), num_top, vocab_axis)
 
 
-def _choose(logits: Array, rows: SamplingRows, state: SamplingState, masks: Array, vocab_axis: int) -> Array:
+def _choose(
+    logits: Array, rows: SamplingRows, state: SamplingState, masks: Array, vocab_axis: int, branches: bool
+) -> Array:
     """logits [N, V] or [V, N] -> token ids [N]. A step of plain greedy rows costs one argmax."""
     adjusts = jnp.any(rows.emit & (rows.penalties | rows.bias | rows.suppress_stop))
     draws = jnp.any(rows.emit & rows.sample)
@@ -152,7 +179,7 @@ def _choose(logits: Array, rows: SamplingRows, state: SamplingState, masks: Arra
     def general(logits: Array) -> Array:
         scores = _by_row(logits, vocab_axis)
         scores = lax.cond(adjusts, lambda x: _adjust(x, rows, state), lambda x: x, scores)
-        return lax.cond(draws, lambda x: _draw(x, rows), _argmax, scores)
+        return lax.cond(draws, lambda x: _draw(x, rows, branches), _argmax, scores)
 
     def masked(logits: Array) -> Array:
         allowed = lax.cond(constrained, lambda x: _forbid(x, masks, vocab_axis), lambda x: x, logits)
@@ -200,20 +227,24 @@ def _adjust(logits: Array, rows: SamplingRows, state: SamplingState) -> Array:
     return scores.at[jnp.arange(logits.shape[0])[:, None], stops].set(-jnp.inf, mode="drop")
 
 
-def _draw(scores: Array, rows: SamplingRows) -> Array:
-    """scores [N, V] -> token ids [N]: drawn in rows that sample, the likeliest in the others."""
+def _draw(scores: Array, rows: SamplingRows, branches: bool, truncated: bool = False) -> Array:
+    """scores [N, V] -> token ids [N]: drawn in rows that sample, the likeliest in the others. truncated: some row is,
+    without looking."""
     largest = jnp.finfo(jnp.float32).max
     scores = jnp.minimum(scores, largest)
     peak = scores.max(axis=1, keepdims=True)
     temperature = jnp.clip(jnp.where(rows.sample, rows.temperature, 1.0), MIN_TEMPERATURE, MAX_TEMPERATURE)
     distance = (jnp.maximum(peak, -largest) - scores) / temperature[:, None]
     truncates = rows.emit & rows.sample & rows.truncate
-    limit = lax.cond(
-        jnp.any(truncates),
-        lambda x: jnp.where(truncates, _limits(x, rows), INFINITE_KEY),
-        lambda x: jnp.full(x.shape[:1], INFINITE_KEY, jnp.int32),
-        distance,
-    )
+
+    def limits(distance: Array) -> Array:
+        found = _limits(distance, rows) if branches else _bisected_limits(distance, rows)
+        return jnp.where(truncates, found, INFINITE_KEY)
+
+    def no_limits(distance: Array) -> Array:
+        return jnp.full(distance.shape[:1], INFINITE_KEY, jnp.int32)
+
+    limit = limits(distance) if truncated else lax.cond(jnp.any(truncates), limits, no_limits, distance)
     drawn = _inverse_cdf(_weights(distance, limit), _random_bits(rows))
     return jnp.where(rows.sample, drawn, _first_at(scores, peak))
 
@@ -258,6 +289,32 @@ def _limits(distance: Array, rows: SamplingRows) -> Array:
 
     by_ratio = _keys(jnp.abs(jnp.log(rows.min_p)))
     return jnp.minimum(jnp.minimum(by_rank, by_mass), by_ratio)
+
+
+def _bisected_limits(distance: Array, rows: SamplingRows) -> Array:
+    """The same, without candidates, which are a sort of the vocabulary where a device has nothing quicker."""
+    keys = _keys(distance)
+    k = jnp.clip(rows.top_k, 1, distance.shape[1]).astype(jnp.uint32)
+    by_rank = jnp.where(rows.top_k > 0, _bisect(keys, lambda inside: inside.astype(jnp.uint32), k), INFINITE_KEY)
+    weights = _weights(distance, by_rank)
+    goal = jnp.maximum(_multiply_high(_fraction(rows.top_p), weights.sum(axis=1, dtype=jnp.uint32)), 1)
+    by_mass = _bisect(keys, lambda inside: jnp.where(inside, weights, 0).astype(jnp.uint32), goal)
+    by_mass = jnp.where(rows.top_p < 1, by_mass, INFINITE_KEY)
+    return jnp.minimum(jnp.minimum(by_rank, by_mass), _keys(jnp.abs(jnp.log(rows.min_p))))
+
+
+def _bisect(keys: Array, weigh: Callable[[Array], Array], goal: Array) -> Array:
+    """keys [N, V], weigh: [N, V] bool -> uint32, goal [N] -> [N]: the smallest key whose tokens (key and below) weigh
+    at least goal. Always 31 turns: who waits for none need not ask how many there are."""
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = weigh(keys <= middle[:, None]).sum(axis=1, dtype=jnp.uint32) >= goal
+        return jnp.where(enough | (low >= high), low, middle + 1), jnp.where(enough, middle, high)
+
+    low = jnp.zeros(keys.shape[0], jnp.int32)
+    return lax.fori_loop(0, 31, halve, (low, keys.max(axis=1)))[1]
 
 
 def _bisect_where(missing: Array, known: Array, keys: Array, weights: Array, goal: Array) -> Array:
@@ -336,7 +393,6 @@ def _running_sum(values: Array) -> Array:
 
 def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int, vocab_axis: int) -> Sampled:
     """logits [N, V] or [V, N], token_ids [N], wanted (scalar bool) -> Sampled; log-probabilities only if wanted."""
-    num_rows = token_ids.shape[0]
 
     def compute() -> tuple[Array, Array, Array]:
         rows = _by_row(logits, vocab_axis)
@@ -345,8 +401,13 @@ def _report(logits: Array, token_ids: Array, wanted: Array, num_top: int, vocab_
         return jnp.take_along_axis(rows, token_ids[:, None], axis=1)[:, 0] - total[:, 0], ids, top - total
 
     def skip() -> tuple[Array, Array, Array]:
-        shape = (num_rows, num_top)
-        return jnp.zeros(num_rows, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        none = _nothing_reported(token_ids, num_top)
+        return none.logprobs, none.top_ids, none.top_logprobs
 
     logprobs, top_ids, top_logprobs = lax.cond(wanted, compute, skip)
     return Sampled(token_ids, logprobs, top_ids, top_logprobs)
+
+
+def _nothing_reported(token_ids: Array, num_top: int) -> Sampled:
+    shape = (token_ids.shape[0], num_top)
+    return Sampled(token_ids, jnp.zeros(shape[:1], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))

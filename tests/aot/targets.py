@@ -70,13 +70,15 @@ class Compiled:
 
 
 def compile_steps(target: Target, buckets: Iterable[Bucket], *, whole: bool = False) -> dict[Bucket, Compiled]:
-    """The steps of some buckets; whole, or only their layers, which is where the cache is (sampling takes a minute)."""
+    """The steps of some buckets; whole (of a GPU's, all but the logits), or only their layers, which is where the cache
+    is (sampling takes a minute)."""
     builder = _Builder(target if whole else replace(target, layers_per_program=target.shape.config.num_layers))
+    kind = ("step" if target.shape.layout.branches else "forward") if whole else "layers"
     compiled = {}
     for bucket in buckets:
         builder.add_bucket(bucket)
         with precision(target.params):
-            lowered = builder.lowerings["step" if whole else "layers", bucket]()
+            lowered = builder.lowerings[kind, bucket]()
         compiled[bucket] = Compiled(target, bucket, lowered.compile())
     return compiled
 
