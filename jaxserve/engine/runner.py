@@ -37,11 +37,11 @@ from jaxserve.types import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from kernels_pallas import cache as kv_cache
 
 
-def asks_of(flags: int) -> sampling.Asks:
+def asks_of(flags: np.ndarray) -> sampling.Asks:
     """What a step asks for at most whose rows have these flags."""
-    if flags & (PENALTIES | BIAS | SUPPRESS_STOP | LOGPROBS | GRAMMAR):
+    if (flags & (PENALTIES | BIAS | SUPPRESS_STOP | LOGPROBS | GRAMMAR)).any():
         return sampling.Asks.ANYTHING
-    return sampling.Asks.DRAWS if flags & SAMPLE else sampling.Asks.GREEDY
+    return sampling.Asks.DRAWS if (flags & SAMPLE).any() else sampling.Asks.GREEDY
 
 
 class Handle:
@@ -153,7 +153,7 @@ class ModelRunner:
         them."""
         for admissions in zip_longest(*(part.admissions for part in plan.parts)):
             self._admit(admissions)
-        flags = int(np.bitwise_or.reduce(np.concatenate([part.arrays.flags for part in plan.parts]), axis=None))
+        flags = np.concatenate([part.arrays.flags for part in plan.parts])
         begun = self._begin(plan.bucket, plan.packed, asks_of(flags))
 
         def finish(masks: np.ndarray | None) -> tuple[StepOutput, Reading | None]:
@@ -164,7 +164,7 @@ class ModelRunner:
             assert output.hidden is not None, "only prefill tokens are read"
             return replace(output, hidden=None), self._reader.launch(readings, output.hidden)
 
-        handle = Handle(finish, bool(flags & LOGPROBS), len(plan.parts))
+        handle = Handle(finish, bool((flags & LOGPROBS).any()), len(plan.parts))
         if not plan.is_constrained:
             handle.sample(None)
         return handle
