@@ -25,7 +25,7 @@ from flax import nnx
 from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
 from jaxserve.config import ModelConfig
-from jaxserve.engine.compile import SplitStep, StagedStep, WholeStep
+from jaxserve.engine.chains import SplitStep, StagedStep, WholeStep
 from jaxserve.engine.grammars import load_vocabulary
 from jaxserve.engine.processor import cpu_features, prefers_bfloat16
 from jaxserve.engine.runner import ModelRunner
