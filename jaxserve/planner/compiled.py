@@ -14,6 +14,7 @@ from jax.errors import JaxRuntimeError
 
 from jaxserve.engine.build import Blueprint
 from jaxserve.engine.compile import layers_per_program, lowerings, precision
+from jaxserve.model.sampling import Asks
 from jaxserve.scheduling.plan import Bucket
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -45,26 +46,33 @@ def compile_step(blueprint: Blueprint, bucket: Bucket, platform: str) -> Compile
     started = time.monotonic()
     with compiling_for(target), precision(target.params):
         try:
-            programs = [lower().compile() for lower in lowerings(target, [bucket]).values()]
-            texts = [program.as_text() for program in programs]
+            programs = {key: lower().compile() for key, lower in lowerings(target, [bucket]).items()}
+            texts = [program.as_text() for key, program in programs.items() if _runs(key)]
         except JaxRuntimeError as error:
             text = str(error)
             full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
             return _failed(bucket, time.monotonic() - started, text, full)
-    analyses = [program.memory_analysis() for program in programs]
+    analyses = [program.memory_analysis() for program in programs.values()]
     pages = target.state.cache.pages
     shape = pages.sharding.shard_shape(pages.shape)
     temporaries = max(each.temp_size_in_bytes for each in analyses)
+    leaves = jax.tree.leaves((target.params, target.state))  # all are there, though not every program takes all of them
+    held = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     in_place = platform != "tpu" and temporaries < pages.dtype.itemsize * math.prod(shape)
     return CompiledStep(
         bucket=bucket,
         seconds=time.monotonic() - started,
-        arguments=max(each.argument_size_in_bytes for each in analyses),
+        arguments=max(held, *(each.argument_size_in_bytes for each in analyses)),
         temporaries=temporaries,
         code=sum(each.generated_code_size_in_bytes for each in analyses),
         collectives=dict(sum(map(collectives, texts), Counter())),
         cache_copies=sum(count for text in texts for count in copies_of(shape, text, in_place).values()),
     )
+
+
+def _runs(key: Any) -> bool:
+    """Whether a program is one of a step's: of those that sample, one is."""
+    return key[0] != "finish" or key[-1] is Asks.ANYTHING
 
 
 def _failed(bucket: Bucket, seconds: float, text: str, out_of_memory: bool) -> CompiledStep:
