@@ -80,8 +80,8 @@ def parts(model: Path, small: bool, folder: Path) -> dict[str, list[str]]:
     step = ["--batch", "1", "4"] if small else ["--batch", "8", "64", "256", "--prefill", "2048", "--kernels", "6"]
     step += ["--context", "128"] if small else ["--context", "128", "4096", "--plan", str(PLAN)]
     load = ["--num-prompts", "4", "--input-len", "20", "--output-len", "8", "--max-concurrency", "2"]
-    if not small:
-        load = ["--num-prompts", "128", "--input-len", "1000", "--output-len", "128", "--max-concurrency", "8", "64"]
+    if not small:  # a word is some six bytes, which are the toy tokenizer's tokens
+        load = ["--num-prompts", "128", "--input-len", "160", "--output-len", "128", "--max-concurrency", "8", "64"]
     server = ["--model", str(model), "--load-format", "dummy"]
     server += ["--max-running-requests", "4", "--max-model-len", "512"] if small else []
     config, dtype = str(model / "config.json"), "float32" if small else "bfloat16"

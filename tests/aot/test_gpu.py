@@ -94,15 +94,15 @@ def test_layers_compile_for_one_gpu_and_write_the_cache_in_place(name):
 
 
 def test_steps_have_no_branch_and_kernels_no_slice_of_a_larger_array():
-    """A host waits at a branch. XLA gives a kernel a slice of an array where that lies, which may be between two borders
-    of 256 bytes; seen to be refused on an H200. 3 rows: so that slices would be."""
+    """A host waits at a branch. XLA gives a kernel a slice of an array where that lies, which may be between two
+    borders of 256 bytes; seen to be refused on an H200. 3 rows: so that slices would be."""
     from jaxserve.engine.compile import lowerings, precision
 
     options = {"num_layers": 2, "chunked_prefill_size": 512, "max_running": 3}
-    with target_of("h200", 1, MODELS["SmolLM2-135M"], **options) as (target, buckets):
-        with precision(target.params):
-            wanted = lowerings(target, [buckets[3, 0], buckets[0, 512], buckets[3, 512]])
-            texts = {repr(key): lower().compile().as_text() for key, lower in wanted.items()}
+    model = MODELS["SmolLM2-135M"]
+    with target_of("h200", 1, model, **options) as (target, buckets), precision(target.params):
+        wanted = lowerings(target, [buckets[3, 0], buckets[0, 512], buckets[3, 512]])
+        texts = {repr(key): lower().compile().as_text() for key, lower in wanted.items()}
     assert sum("'forward'" in name for name in texts) == 3
     for name, text in texts.items():
         assert "dynamic_slice_fusion" not in text and "dynamic-slice-fusion" not in text, name
