@@ -61,7 +61,10 @@ def test_names_and_shapes_are_those_of_the_checkpoint(tmp_path):
     assert hf_name(1, "q", bias=True) in shapes and hf_name(None, "head") not in shapes
 
 
-def test_loading_casts_turns_and_joins(tiny):
+@pytest.mark.parametrize("much", [loading._MUCH, 1], ids=["by one thread", "by all cores"])
+def test_loading_casts_turns_and_joins(tiny, much, monkeypatch):
+    monkeypatch.setattr(loading, "_MUCH", much)
+    monkeypatch.setattr(loading, "_ROWS", 8)
     source = SafetensorsSource(tiny)
     targets = {
         "plain": Target({Q: (64, 64)}, np.dtype(np.float32), ONE),
@@ -71,6 +74,9 @@ def test_loading_casts_turns_and_joins(tiny):
     }
     steps = []
     found = load(source, targets, progress=lambda *step: steps.append(step))
+    halves = DummySource({Q: (64, 64)}, 0, ml_dtypes.bfloat16)  # the same type on both sides
+    same = {"same": Target({Q: (64, 64)}, np.dtype(ml_dtypes.bfloat16), ONE, transpose=True)}
+    assert np.array_equal(load(halves, same, progress=quiet)["same"], halves.read(Q).T)
     assert list(found) == list(targets)
     assert np.array_equal(found["plain"], source.read(Q))
     assert np.array_equal(found["turned"], source.read(hf_name(0, "up")).T)

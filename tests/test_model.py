@@ -24,7 +24,7 @@ from engines import (
 from flax import nnx
 from tiny_llama import LLAMA3_SCALING, inverse_frequencies, numpy_forward, numpy_hidden, tiny_tokenizer
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import ConfigError, ModelConfig
 from jaxserve.engine.chains import SplitStep, StagedStep, WholeStep
 from jaxserve.engine.grammars import load_vocabulary
 from jaxserve.engine.processor import cpu_features, prefers_bfloat16
@@ -231,3 +231,14 @@ def test_no_weight_is_converted_where_the_cpu_multiplies_bfloat16(tokens):
     text = compiled.as_text()
     assert all(f"bf16[{shape}]" in text for shape in shapes)
     assert not [shape for shape in shapes if f"f32[{shape}]" in text]
+
+
+def test_a_step_that_the_devices_memory_cannot_hold_is_refused_naming_the_flags(monkeypatch):
+    def full(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.26GiB")
+
+    monkeypatch.setattr(ModelRunner, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(ModelRunner, "load", full)
+    with pytest.raises(ConfigError, match=r"--mem-fraction-static 0\.88.*--max-running-requests") as refused:
+        build_engine(shared_folder("tied"), **SMALL)
+    assert isinstance(refused.value.__cause__, jax.errors.JaxRuntimeError)

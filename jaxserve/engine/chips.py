@@ -1,7 +1,8 @@
 """What makers publish of their accelerators, one device as JAX counts them. Imports nothing.
 
 Sources name where to look; the figures were not checked against them one by one. Nothing was measured by us, but for
-the CPU's bandwidth and the memory of TPUs, and latencies are assumptions; the planner's rooflines say so. Bytes are
+the CPU's bandwidth, the memory of TPUs, and what docs/plan.md holds against an H200; latencies are assumptions; the
+planner's rooflines say so. Bytes are
 bytes, rates are per second, links are one way.
 """
 
