@@ -30,6 +30,7 @@ from jaxserve.engine import main as engine_main
 from jaxserve.engine.grammars import load_vocabulary
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.record import Recording, RecordingRunner
+from jaxserve.model.sampling import Asks
 from jaxserve.scheduling.plan import Bucket, StepPlan
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerConfig
 from jaxserve.text.grammar import regex
@@ -94,7 +95,7 @@ def test_an_unknown_bucket_is_a_key_error_and_never_a_compile():
     engine.counter.start_counting_this_thread()
     before = engine.counter.after_ready
     with pytest.raises(KeyError):
-        engine.runner._run(Bucket(3, 0, 0), plan_of(Bucket(3, 0, 0)))
+        engine.runner._begin(Bucket(3, 0, 0), plan_of(Bucket(3, 0, 0)), Asks.ANYTHING)
     assert engine.counter.after_ready == before
 
 
