@@ -360,7 +360,7 @@ def main() -> int:
     rng, ours = np.random.default_rng(args.seed), backend(args.backend)
     result = facts() | {"seed": args.seed, "backend": args.backend, "small": args.small, "checks": []}
 
-    def keep() -> None:  # after each shape: what was measured is kept whatever comes
+    def keep() -> None:  # after each part: what was measured is kept whatever comes
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -377,16 +377,17 @@ def main() -> int:
         keep()
         if args.check:
             continue
-        timings = {
-            "decode": decode(rng, ours, shape, limits, args.small),
-            "decode, ragged": ragged(rng, ours, shape, limits, args.small),
-            "prefill": prefill(rng, ours, shape, limits, args.small, cached=0),
-            "prefill, half cached": prefill(rng, ours, shape, limits, args.small, cached=1),
+        parts = {
+            "decode": decode,
+            "decode, ragged": ragged,
+            "prefill": functools.partial(prefill, cached=0),
+            "prefill, half cached": functools.partial(prefill, cached=1),
         }
-        result.setdefault("timings", {})[name] = timings
-        for title, each in timings.items():
-            show(f"{name}, {title}", each)
-        keep()
+        for title, part in parts.items():
+            timed = part(rng, ours, shape, limits, args.small)
+            result.setdefault("timings", {}).setdefault(name, {})[title] = timed
+            show(f"{name}, {title}", timed)
+            keep()
     return 0 if all(each["right"] for each in result["checks"]) else 1
 
 
