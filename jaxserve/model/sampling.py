@@ -295,26 +295,29 @@ def _bisected_limits(distance: Array, rows: SamplingRows) -> Array:
     """The same, without candidates, which are a sort of the vocabulary where a device has nothing quicker."""
     keys = _keys(distance)
     k = jnp.clip(rows.top_k, 1, distance.shape[1]).astype(jnp.uint32)
-    by_rank = jnp.where(rows.top_k > 0, _bisect(keys, lambda inside: inside.astype(jnp.uint32), k), INFINITE_KEY)
+    by_rank = jnp.where(rows.top_k > 0, _bisect(keys, lambda inside: inside, k), INFINITE_KEY)
     weights = _weights(distance, by_rank)
     goal = jnp.maximum(_multiply_high(_fraction(rows.top_p), weights.sum(axis=1, dtype=jnp.uint32)), 1)
-    by_mass = _bisect(keys, lambda inside: jnp.where(inside, weights, 0).astype(jnp.uint32), goal)
+    by_mass = _bisect(keys, lambda inside: jnp.where(inside, weights, 0), goal)
     by_mass = jnp.where(rows.top_p < 1, by_mass, INFINITE_KEY)
     return jnp.minimum(jnp.minimum(by_rank, by_mass), _keys(jnp.abs(jnp.log(rows.min_p))))
 
 
 def _bisect(keys: Array, weigh: Callable[[Array], Array], goal: Array) -> Array:
-    """keys [N, V], weigh: [N, V] bool -> uint32, goal [N] -> [N]: the smallest key whose tokens (key and below) weigh
+    """keys [N, V], weigh: [N, V] bool -> int32 or bool, goal [N] -> [N]: the smallest key whose tokens (key and below) weigh
     at least goal. Always 31 turns: who waits for none need not ask how many there are."""
+    bounds = jnp.zeros(keys.shape[0], jnp.int32), keys.max(axis=1)
+    return lax.fori_loop(0, 31, lambda _, bounds: _halve(keys, weigh, goal, bounds), bounds)[1]
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = weigh(keys <= middle[:, None]).sum(axis=1, dtype=jnp.uint32) >= goal
-        return jnp.where(enough | (low >= high), low, middle + 1), jnp.where(enough, middle, high)
 
-    low = jnp.zeros(keys.shape[0], jnp.int32)
-    return lax.fori_loop(0, 31, halve, (low, keys.max(axis=1)))[1]
+def _halve(
+    keys: Array, weigh: Callable[[Array], Array], goal: Array, bounds: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """bounds [N], [N] of keys, between which the one is that _bisect looks for -> nearer ones; equal ones stay."""
+    low, high = bounds
+    middle = low + (high - low) // 2
+    enough = weigh(keys <= middle[:, None]).sum(axis=1, dtype=jnp.uint32) >= goal
+    return jnp.where(enough | (low >= high), low, middle + 1), jnp.where(enough, middle, high)
 
 
 def _bisect_where(missing: Array, known: Array, keys: Array, weights: Array, goal: Array) -> Array:
@@ -325,11 +328,7 @@ def _bisect_where(missing: Array, known: Array, keys: Array, weights: Array, goa
     """
 
     def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        mass = jnp.where(keys <= middle[:, None], weights, 0).sum(axis=1, dtype=jnp.uint32)
-        enough = mass >= goal
-        return jnp.where((low < high) & ~enough, middle + 1, low), jnp.where((low < high) & enough, middle, high)
+        return _halve(keys, lambda inside: jnp.where(inside, weights, 0), goal, bounds)
 
     def bisect() -> Array:
         largest = jnp.where(weights > 0, keys, 0).max(axis=1)
