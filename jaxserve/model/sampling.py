@@ -304,8 +304,8 @@ def _bisected_limits(distance: Array, rows: SamplingRows) -> Array:
 
 
 def _bisect(keys: Array, weigh: Callable[[Array], Array], goal: Array) -> Array:
-    """keys [N, V], weigh: [N, V] bool -> int32 or bool, goal [N] -> [N]: the smallest key whose tokens (key and below) weigh
-    at least goal. Always 31 turns: who waits for none need not ask how many there are."""
+    """keys [N, V], weigh: [N, V] bool -> int32 or bool, goal [N] -> [N]: the smallest key whose tokens (key and below)
+    weigh at least goal. Always 31 turns: who waits for none need not ask how many there are."""
     bounds = jnp.zeros(keys.shape[0], jnp.int32), keys.max(axis=1)
     return lax.fori_loop(0, 31, lambda _, bounds: _halve(keys, weigh, goal, bounds), bounds)[1]
 
