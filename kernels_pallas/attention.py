@@ -75,7 +75,7 @@ def choose(
     if platform == "cpu" and wanted in ("auto", "numba"):
         missing = cpu.why_not(dtype, activations)
         if missing is None:
-            return Attention("numba (machine code of its own for decode rows, XLA for prefill)", cpu.plan, cpu.attend)
+            return Attention("numba (machine code of its own)", cpu.plan, cpu.attend)
         if wanted == "numba":
             raise ValueError(f"{missing}; 'xla' runs everywhere, and 'auto' takes what there is")
         return Attention(f"xla ({missing})", xla.plan, xla.attend)

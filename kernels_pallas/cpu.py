@@ -1,17 +1,17 @@
-"""The CPU's own backend: decode rows and products of a few tokens by machine_code, everything else as XLA does it."""
+"""The CPU's own backend: attention and products of a few tokens by machine_code, everything else as XLA does it."""
 
-import functools
 import importlib.util
 import os
 import struct
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import writes, xla
+from kernels_pallas import writes
 from kernels_pallas.cache import KVCache, is_quantised
 from kernels_pallas.kinds import FULL, LayerKind, Work
 
@@ -64,47 +64,58 @@ def product(
     return jax.ffi.ffi_call(machine_code.register(name), results)(*operands)[0]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Decode rows and chunks alike: each row has so many new tokens, one after another, the last of its context."""
+
+    page_table: jax.Array  # [S + R, M]
+    kv_lens: jax.Array  # [S + R] tokens including the new ones
+    firsts: jax.Array  # [S + R] the row's first new token in a step; ascending
+    counts: jax.Array  # [S + R] of new tokens, padding left out
+    num_decode: int = field(metadata={"static": True})
+
+
 def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: int, kind: LayerKind = FULL) -> Work:
-    """See kernels_pallas.attention. Decode rows are read as they are."""
-    return Work(
-        decode=rows,
-        prefill=None if chunks is None else xla.plan_prefill(chunks, page_size, kind),
-        kind=kind,
-        writes=writes.plan(rows, chunks, page_size),
-    )
+    """See kernels_pallas.attention."""
+    parts = []
+    num_decode = 0 if rows is None else rows.kv_lens.shape[0]
+    if rows is not None:
+        parts.append((rows.page_table, rows.kv_lens, jnp.arange(num_decode), jnp.minimum(rows.kv_lens, 1)))
+    if chunks is not None:
+        starts, last = chunks.starts[:-1], chunks.positions.shape[0] - 1
+        new = chunks.kv_lens - chunks.positions[jnp.minimum(starts, last)]
+        new = jnp.clip(new, 0, chunks.starts[1:] - starts)
+        parts.append((chunks.page_table, chunks.kv_lens, num_decode + starts, new))
+    together = (jnp.concatenate(each).astype(jnp.int32) for each in zip(*parts, strict=True))
+    return Work(Rows(*together, num_decode), None, kind, writes.plan(rows, chunks, page_size))
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, layer: int | jax.Array, work: Work
 ) -> tuple[jax.Array, KVCache]:
     """See kernels_pallas.attention. XLA writes; in a step's decode rows that costs next to nothing."""
-    attend_rows = functools.partial(decode, mixed=work.prefill is not None)
-    return xla.attend(q, k, v, cache, layer, work, decode=attend_rows)
+    cache = writes.write(cache, layer, k, v, work.writes)
+    return attend_pages(q, cache, k.shape[1], layer, work.decode, work.kind), cache
 
 
-def decode(
-    q: jax.Array,
-    cache: KVCache,
-    num_kv_heads: int,
-    layer: int | jax.Array,
-    rows: "DecodeRows",
-    kind: LayerKind,
-    *,
-    mixed: bool = False,
+def attend_pages(
+    q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, rows: Rows, kind: LayerKind
 ) -> jax.Array:
-    """q [S, H, D] against the pages of rows, which hold the new tokens already -> [S, H, D]. mixed: the step has
-    prefill tokens, too."""
-    from kernels_pallas import machine_code
+    """q [S + T, H, D] against the pages of rows, which hold the new tokens already -> [S + T, H, D]; padding gives 0."""
+    from kernels_pallas import machine_attention, machine_code, machine_team
 
-    num_rows, num_heads, head_dim = q.shape
-    name = machine_code.decode_name(head_dim, cache.pages.dtype, q.dtype)
-    patience = machine_code.AWAKE if num_rows <= MOST_TOKENS and not mixed else _BRIEFLY
-    numbers = np.array([num_kv_heads, kind.window or 0, patience], np.int32)
+    num_tokens, num_heads, head_dim = q.shape
+    group, max_tokens = num_heads // num_kv_heads, rows.page_table.shape[1] * cache.pages.shape[3]
+    name = machine_code.attention_name(cache.pages.dtype, q.dtype)
+    patience = machine_team.AWAKE if num_tokens <= MOST_TOKENS else _BRIEFLY
+    part_blocks = machine_attention.blocks_of_a_part(max_tokens)
+    numbers = np.array([num_kv_heads, kind.window or 0, patience, rows.num_decode, part_blocks], np.int32)
     reals = np.array([kind.scale_of(head_dim), kind.softcap or 0], np.float32)
-    operands = [numbers, q, rows.page_table, rows.kv_lens, jnp.asarray(layer, jnp.int32).reshape(1), reals, cache.pages]
+    where = (rows.page_table, rows.kv_lens, rows.firsts, rows.counts, jnp.asarray(layer, jnp.int32).reshape(1))
+    operands = [numbers, q, *where, reals, cache.pages]
     if cache.scales is not None:
         operands.append(cache.scales)
-    room = machine_code.room_of_decode(head_dim, num_heads // num_kv_heads, cache.pages.shape[3])
-    shapes = ((q.shape, q.dtype), ((num_rows * num_kv_heads * room,), jnp.float32))
-    results = tuple(jax.ShapeDtypeStruct(*each) for each in shapes)
+    room = machine_attention.room(rows.num_decode, num_kv_heads, group, head_dim, max_tokens)
+    results = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((room,), jnp.float32)
     return jax.ffi.ffi_call(machine_code.register(name), results)(*operands)[0]

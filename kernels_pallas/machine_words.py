@@ -1,4 +1,4 @@
-"""What machine_code's loops are written with, and Numba has no words for: atomic memory, calls by address, prefetching,
+"""What the loops of machine_products and machine_attention are written with, and Numba has no words for: atomic memory, calls by address, prefetching,
 sums of vectors, numbers of 8 and 16 bits, XLA's call frame. Addresses are whole numbers."""
 
 import platform
@@ -91,6 +91,12 @@ def _type_alloca(_context, count):
     return types.intp(count), generate
 
 
+def _emit_room(builder: Any, count: Any) -> Any:
+    room = builder.alloca(ir.FloatType(), count)
+    room.align = 64
+    return builder.ptrtoint(room, _WORD)
+
+
 def _type_dots(_context, at, stride, x, count, out, limit, rows, tokens, kind):
     """rows of a matrix of a kind, stride bytes apart, times tokens of float32 [tokens, count], 16 numbers at a time
     -> out [rows, tokens]; what is behind the last 16 is left to the caller."""
@@ -139,6 +145,235 @@ def _type_dots(_context, at, stride, x, count, out, limit, rows, tokens, kind):
         return context.get_dummy_value()
 
     return types.none(*[types.intp] * 6, rows, tokens, kind), generate
+
+
+def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows, together, vectors, adds):
+    """float32 a [rows, count] times b [count, vectors * 16] -> c [rows, vectors * 16], added to it where adds is 1; rows
+    of each are stride bytes apart. together rows at a time, then what is left of them at once. Each sum is made in the
+    order of count, whatever the number of rows."""
+
+    def generate(context, builder, sig, args):
+        a, a_stride, b, b_stride, c, c_stride, count, rows = args[:8]
+        most, shape = together.literal_value, (vectors.literal_value, adds.literal_value == 1)
+        step, zero = ir.Constant(_WORD, most), ir.Constant(_WORD, 0)
+        left = builder.srem(rows, step)
+        whole = builder.sub(rows, left)
+
+        def some(first, num_rows):
+            at, to = (builder.add(start, builder.mul(first, stride)) for start, stride in ((a, a_stride), (c, c_stride)))
+            _emit_multiply(builder, at, a_stride, b, b_stride, to, c_stride, count, num_rows, *shape)
+
+        before, loop, rest, after = builder.block, *(builder.append_basic_block(name) for name in ("rows", "rest", "done"))
+        builder.cbranch(builder.icmp_signed(">", whole, zero), loop, rest)
+        builder.position_at_end(loop)
+        first = builder.phi(_WORD)
+        first.add_incoming(zero, before)
+        some(first, most)
+        following = builder.add(first, step)
+        first.add_incoming(following, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, whole), loop, rest)
+        builder.position_at_end(rest)
+        choice = builder.switch(left, after)
+        for number in range(1, most):
+            block = builder.append_basic_block("some")
+            choice.add_case(ir.Constant(_WORD, number), block)
+            builder.position_at_end(block)
+            some(whole, number)
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 8, together, vectors, adds), generate
+
+
+def _emit_multiply(
+    builder: Any,
+    a: Any,
+    a_stride: Any,
+    b: Any,
+    b_stride: Any,
+    c: Any,
+    c_stride: Any,
+    count: Any,
+    num_rows: int,
+    num_vectors: int,
+    adds: bool,
+) -> None:
+    """Rows whose sums are kept in registers."""
+
+    def row_of(start: Any, stride: Any, row: int) -> Any:
+        return builder.add(start, builder.mul(stride, ir.Constant(_WORD, row)))
+
+    def at_vector(start: Any, vector: int) -> Any:
+        return builder.add(start, ir.Constant(_WORD, 64 * vector))
+
+    each = [(row, vector) for row in range(num_rows) for vector in range(num_vectors)]
+    targets = {(row, vector): at_vector(row_of(c, c_stride, row), vector) for row, vector in each}
+    starts = [row_of(a, a_stride, row) for row in range(num_rows)]
+    zero = ir.Constant(_REALS, [0.0] * 16)
+    first = {one: _load_reals(builder, targets[one]) if adds else zero for one in each}
+    before, loop, after = builder.block, builder.append_basic_block("product"), builder.append_basic_block("multiplied")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(_WORD)
+    i.add_incoming(ir.Constant(_WORD, 0), before)
+    sums = {one: builder.phi(_REALS) for one in each}
+    right, left = builder.add(b, builder.mul(b_stride, i)), builder.mul(i, ir.Constant(_WORD, 4))
+    columns = [_load_reals(builder, at_vector(right, vector)) for vector in range(num_vectors)]
+    made = {}
+    for row in range(num_rows):
+        number = builder.load(builder.inttoptr(builder.add(starts[row], left), ir.FloatType().as_pointer()))
+        wide = _spread(builder, number)
+        for vector in range(num_vectors):
+            made[row, vector] = _multiply_add(builder, wide, columns[vector], sums[row, vector])
+    following = builder.add(i, ir.Constant(_WORD, 1))
+    i.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    for one in each:
+        sums[one].add_incoming(first[one], before)
+        sums[one].add_incoming(made[one], loop)
+    builder.position_at_end(after)
+    for one in each:
+        _store_reals(builder, made[one], targets[one])
+
+
+def _type_turned(_context, rows_at, offset, out, stride, kind):
+    """16 numbers of a kind at offset behind each of 16 addresses -> out: first those of one place in all 16, as float32,
+    then those of the next, stride bytes apart."""
+    load, size = _LOADS[kind.literal_value], _SIZES[kind.literal_value]
+
+    def generate(context, builder, sig, args):
+        rows_at, offset, out, stride = args[:4]
+        place = builder.sdiv(offset, ir.Constant(_WORD, size))
+        rows = []
+        for row in range(16):
+            at = builder.load(_at(builder, builder.add(rows_at, ir.Constant(_WORD, 8 * row))))
+            rows.append(load(builder, at, place))
+        for width in (8, 4, 2, 1):  # pairs of rows that are so far apart exchange blocks so wide
+            low = ir.Constant(_INTEGERS, [(n if n & width == 0 else 16 + n - width) for n in range(16)])
+            high = ir.Constant(_INTEGERS, [(n + width if n & width == 0 else 16 + n) for n in range(16)])
+            for row in range(16):
+                if row & width == 0:
+                    upper, lower = rows[row], rows[row + width]
+                    rows[row] = builder.shuffle_vector(upper, lower, low)
+                    rows[row + width] = builder.shuffle_vector(upper, lower, high)
+        for row in range(16):
+            _store_reals(builder, rows[row], builder.add(out, builder.mul(stride, ir.Constant(_WORD, row))))
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 4, kind), generate
+
+
+def _type_widened(_context, at, out, kind):
+    """16 numbers of a kind -> float32."""
+    load = _LOADS[kind.literal_value]
+
+    def generate(context, builder, sig, args):
+        _store_reals(builder, load(builder, args[0], ir.Constant(_WORD, 0)), args[1])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, kind), generate
+
+
+def _each_vector(builder: Any, at: Any, count: Any, first: Any, emit: Any) -> Any:
+    """emit(address, number of the vector, value) -> value, over count vectors of 16 float32, one at least."""
+    before, loop, after = builder.block, builder.append_basic_block("vectors"), builder.append_basic_block("passed")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i, value = builder.phi(_WORD), builder.phi(_REALS)
+    made = emit(builder.add(at, builder.mul(i, ir.Constant(_WORD, 64))), i, value)
+    following = builder.add(i, ir.Constant(_WORD, 1))
+    for phi, start, after_one in ((i, ir.Constant(_WORD, 0), following), (value, first, made)):
+        phi.add_incoming(start, before)
+        phi.add_incoming(after_one, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return made
+
+
+def _emit_largest(builder: Any, at: Any, count: Any, least: Any) -> Any:
+    def emit(address, _, value):
+        number = _load_reals(builder, address)
+        return builder.select(builder.fcmp_ordered(">", number, value), number, value)
+
+    found, real = _each_vector(builder, at, count, _spread(builder, least), emit), ir.FloatType()
+    function = _declared(builder, "llvm.vector.reduce.fmax.v16f32", real, [_REALS])
+    return builder.call(function, [found], fastmath=("nnan", "nsz"))
+
+
+def _emit_weights(builder: Any, at: Any, count: Any, highest: Any) -> Any:
+    top, zero = _spread(builder, highest), _all(0.0)
+
+    def emit(address, _, value):
+        weight = _emit_exp(builder, builder.fsub(_load_reals(builder, address), top))
+        _store_reals(builder, weight, address)
+        return builder.fadd(value, weight)
+
+    return _sum_of(builder, _each_vector(builder, at, count, zero, emit))
+
+
+def _emit_exp(builder: Any, x: Any) -> Any:
+    """exp of x <= 0 within 2e-7 of it, 0 below -87 (polynomial: Cephes' expf)."""
+    rint = _declared(builder, "llvm.rint.v16f32", _REALS, [_REALS])
+    counts = builder.fcmp_ordered(">", x, _all(-87.0))
+    x = builder.select(counts, x, _all(-87.0))
+    n = builder.call(rint, [builder.fmul(x, _all(1.44269504))])
+    r = _multiply_add(builder, n, _all(-0.693359375), x)
+    r = _multiply_add(builder, n, _all(2.12194440e-4), r)
+    y = _all(1.9875691500e-4)
+    for number in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = _multiply_add(builder, y, r, _all(number))
+    y = _multiply_add(builder, builder.fmul(y, r), r, builder.fadd(r, _all(1.0)))
+    power = builder.shl(builder.fptosi(n, _INTEGERS), ir.Constant(_INTEGERS, [23] * 16))
+    y = builder.bitcast(builder.add(builder.bitcast(y, _INTEGERS), power), _REALS)
+    return builder.select(counts, y, _all(0.0))
+
+
+def _emit_scaled(builder: Any, at: Any, count: Any, factor: Any) -> None:
+    wide = _spread(builder, factor)
+
+    def emit(address, _, value):
+        _store_reals(builder, builder.fmul(_load_reals(builder, address), wide), address)
+        return value
+
+    _each_vector(builder, at, count, _all(0.0), emit)
+
+
+def _type_only(_context, at, count, first, last, other):
+    """Of count vectors, numbers before place first and behind place last become other."""
+
+    def generate(context, builder, sig, args):
+        at, count, first, last, other = args
+        number = ir.IntType(32)
+        first, last = (_spread(builder, builder.trunc(place, number)) for place in (first, last))
+        other = _spread(builder, other)
+
+        def emit(address, i, value):
+            place = builder.trunc(builder.mul(i, ir.Constant(_WORD, 16)), number)
+            place = builder.add(_spread(builder, place), ir.Constant(_INTEGERS, list(range(16))))
+            inside = builder.and_(builder.icmp_signed(">=", place, first), builder.icmp_signed("<=", place, last))
+            _store_reals(builder, builder.select(inside, _load_reals(builder, address), other), address)
+            return value
+
+        _each_vector(builder, at, count, _all(0.0), emit)
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 4, types.float32), generate
+
+
+def _all(number: float) -> Any:
+    return ir.Constant(_REALS, [number] * 16)
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """A number -> 16 of it."""
+    kind = ir.VectorType(number.type, 16)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_INTEGERS, [0] * 16))
+
+
+def _store_reals(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, _REALS.as_pointer())).align = 4
 
 
 def _load_vector(builder: Any, address: Any, element: Any) -> Any:
@@ -211,8 +446,16 @@ real = _instruction(types.float32(types.uint32), lambda builder, x: builder.bitc
 words = _instruction(types.CPointer(types.intp)(types.intp), _at)
 address_of = _instruction(types.intp(types.CPointer(types.intp)), lambda builder, at: builder.ptrtoint(at, _WORD))
 pointer = _instruction(types.voidptr(types.intp), lambda builder, at: builder.inttoptr(at, _BYTE.as_pointer()))
+room = _instruction(types.intp(types.intp), _emit_room)  # on the stack, for so many float32; not in a loop
 alloca: Any = intrinsic(prefer_literal=True)(_type_alloca)
 dots: Any = intrinsic(prefer_literal=True)(_type_dots)
+multiply: Any = intrinsic(prefer_literal=True)(_type_multiply)
+largest = _instruction(types.float32(types.intp, types.intp, types.float32), _emit_largest)
+weights = _instruction(types.float32(types.intp, types.intp, types.float32), _emit_weights)
+scaled = _instruction(types.none(types.intp, types.intp, types.float32), _emit_scaled)
+only: Any = intrinsic(_type_only)
+turned: Any = intrinsic(prefer_literal=True)(_type_turned)
+widened: Any = intrinsic(prefer_literal=True)(_type_widened)
 
 
 # Numbers.

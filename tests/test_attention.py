@@ -66,7 +66,7 @@ BACKENDS: dict[str, Attention] = {
     "gpu-races": interpreted_gpu(),
 }
 
-NUMBA = "numba (machine code of its own for decode rows, XLA for prefill)"
+NUMBA = "numba (machine code of its own)"
 NUM_LAYERS, LAYER = 3, 1
 TOLERANCE = {
     "float32": 1e-5,
@@ -145,7 +145,7 @@ TPU_SHAPES = [
     Shape(256, 16, 2, 1, "mixed", kind="both"),  # two rows for K and for V
 ]
 CASES = [("xla", shape) for shape in SHAPES]
-NUMBA_SHAPES = [shape for shape in SHAPES if shape.num_decode]
+NUMBA_SHAPES = SHAPES
 CASES += [("numba", shape) for shape in (NUMBA_SHAPES if FULL else NUMBA_SHAPES[1::2])]
 CASES += [("tpu", shape) for shape in (SHAPES if FULL else TPU_SHAPES) if not is_quantised(shape.dtype)]
 CASES += [("tpu-races", Shape(64, 16, 2, 1, "mixed", kind="window"))]
