@@ -18,7 +18,7 @@ from kernels_pallas.kinds import FULL, LayerKind, Work
 if TYPE_CHECKING:
     from kernels_pallas.attention import DecodeRows, PrefillChunks
 
-MOST_TOKENS = 4  # of a product; with more, a processor that has AMX is quicker by XLA
+MOST_TOKENS = 32  # of a product; with more, XLA is quicker
 _BRIEFLY = 0  # microseconds that helpers stay awake where XLA's threads want the processors between two calls
 
 
@@ -59,7 +59,8 @@ def product(
 
     (num_out, num_in), tokens, made = kernel.shape, x.shape[1], dtype or x.dtype
     name = machine_code.product_name(kernel.dtype, x.dtype, made, tokens, scaled=scale is not None, gated=gated)
-    results = jax.ShapeDtypeStruct((num_out, tokens), made), jax.ShapeDtypeStruct((tokens * num_in,), jnp.float32)
+    room = machine_code.room_of_product(kernel.dtype, x.dtype, tokens, num_in)
+    results = jax.ShapeDtypeStruct((num_out, tokens), made), jax.ShapeDtypeStruct((room,), jnp.float32)
     operands = (kernel, x) if scale is None else (kernel, x, scale)
     return jax.ffi.ffi_call(machine_code.register(name), results)(*operands)[0]
 

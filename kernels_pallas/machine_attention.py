@@ -14,12 +14,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding
 from numba import types
 
 from kernels_pallas import machine_words as low
 from kernels_pallas.cache import LANES
-from kernels_pallas.machine_team import HANDLER, OPTIONS, PIECE, VERSION, share
+from kernels_pallas.machine_team import HANDLER, OPTIONS, PIECE, VERSION, WIDE_REGISTERS, share
 
 BLOCK = 64  # keys
 PART_BLOCKS = 8  # at least
@@ -27,8 +26,7 @@ MOST_PARTS = 16  # of a context
 
 _NEVER = np.float32(-1e30)  # of scores that do not count; finite: differences stay free of NaN
 _LEAST = np.float32(-1e29)  # of maxima: above that, so that such scores weigh nothing
-_WIDE_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f"))
-_TOGETHER, _VECTORS = (8, 2) if _WIDE_REGISTERS else (4, 1)  # of a product: rows and vectors that fill the registers
+_TOGETHER, _VECTORS = (8, 2) if WIDE_REGISTERS else (4, 1)  # of a product: rows and vectors that fill the registers
 _STEP = 16 * _VECTORS
 
 

@@ -8,18 +8,28 @@ import numpy as np
 
 from kernels_pallas import machine_words as low
 from kernels_pallas.machine_attention import compile_attention
-from kernels_pallas.machine_products import compile_product
+from kernels_pallas.machine_products import compile_product, compile_wide_product, few_tokens
 from kernels_pallas.machine_team import TEAM
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "float8_e4m3fn": "f8", "uint8": "f8"}
 
 
 def product_name(kernel: Any, activations: Any, out: Any, tokens: int, *, scaled: bool, gated: bool) -> str:
-    """By which XLA calls: kernel [O, I] x activations [I, T] (, scale [O] float32) -> out [O, T], [T * I] float32 of
-    room. gated: activations are [2 * I, T], and silu of the first half times the second is what is multiplied. The
-    first three are dtypes."""
-    names = (_SHORT[str(np.dtype(dtype))] for dtype in (kernel, activations, out))
-    return "_".join(("jaxserve_product", *names, str(tokens), *(["scaled"] * scaled), *(["gated"] * gated)))
+    """By which XLA calls: kernel [O, I] x activations [I, T] (, scale [O] float32) -> out [O, T], float32 of room for
+    the activations. gated: activations are [2 * I, T], and silu of the first half times the second is what is
+    multiplied. The first three are dtypes. Of more than a few tokens the name says how many there are at most."""
+    names = [_SHORT[str(np.dtype(dtype))] for dtype in (kernel, activations, out)]
+    return "_".join(("jaxserve_product", *names, str(_most(*names[:2], tokens)), *(["scaled"] * scaled), *(["gated"] * gated)))
+
+
+def room_of_product(kernel: Any, activations: Any, tokens: int, num_in: int) -> int:
+    """Numbers of float32 that a product needs beside, for its activations."""
+    names = (_SHORT[str(np.dtype(dtype))] for dtype in (kernel, activations))
+    return num_in * _most(*names, tokens)
+
+
+def _most(kernel: str, activations: str, tokens: int) -> int:
+    return tokens if tokens <= few_tokens(kernel, activations) else -(-tokens // 16) * 16
 
 
 def attention_name(dtype: Any, activations: Any) -> str:
@@ -36,9 +46,11 @@ def register(name: str) -> str:
             slot = len(TEAM.registered)
             if what == "product":
                 kernel, activations, out = (low.TYPES[part] for part in parts[:3])
-                code = compile_product(
-                    kernel, activations, out, int(parts[3]), "scaled" in parts, "gated" in parts, slot
-                )
+                tokens, also = int(parts[3]), ("scaled" in parts, "gated" in parts)
+                if tokens <= few_tokens(*parts[:2]):
+                    code = compile_product(kernel, activations, out, tokens, *also, slot)
+                else:
+                    code = compile_wide_product(kernel, activations, out, tokens // 16, *also, slot)
             else:
                 code = compile_attention(low.TYPES[parts[0]], low.TYPES[parts[1]], slot)
             TEAM.add(name, *code, slot)

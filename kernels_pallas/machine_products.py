@@ -4,20 +4,34 @@ A decode step reads every weight once and does little with it: what counts is th
 and each is made by one thread in one order: an answer does not depend on how many threads there are.
 """
 
+import ctypes
+import functools
+import sys
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import binding
 
 from kernels_pallas import machine_words as low
-from kernels_pallas.machine_team import AWAKE, HANDLER, OPTIONS, PIECE, VERSION, num_workers, share
+from kernels_pallas.machine_team import AWAKE, HANDLER, OPTIONS, PIECE, VERSION, WIDE_REGISTERS, num_workers, share
 
 PIECE_BYTES = 1 << 15  # of a matrix, at least: some microseconds of one thread
+
+
+MOST_TOKENS = 32
+_CHUNK = 64  # numbers of a row that are widened at a time
+_UNIT = 16  # rows that are not divided among threads
 
 
 def _together(tokens: int) -> int:
     """Rows of a matrix whose sums are made side by side, in registers."""
     return 4 if tokens < 3 else 2
+
+
+def few_tokens(kernel: Any, activations: Any) -> int:
+    """Of these dtypes: whose sums are made with a row's numbers side by side; of more, tokens lie side by side."""
+    return 4 if _in_tiles(low.TYPES[kernel], low.TYPES[activations]) else 8
 
 
 def compile_product(
@@ -73,6 +87,149 @@ def compile_product(
         return share(slot, low.address_of(words), pieces, AWAKE)
 
     return handler, piece
+
+
+def compile_wide_product(
+    stored: Any, given: Any, made: Any, vectors: int, scaled: bool, gated: bool, slot: int
+) -> tuple[Any, Any]:
+    """The same for up to 16 * vectors tokens. A sum is made number by number, 16 tokens at once; of bfloat16, where the
+    processor has AMX, pair by pair in its tiles of 16 rows and 16 tokens."""
+    itemsize, kind, version = np.dtype(stored).itemsize, list(low.TYPES.values()).index(stored), VERSION
+    padded, tiled = 16 * vectors, _in_tiles(stored, given)
+    row_tiles, together = 2, (16 if vectors == 1 else 8) if WIDE_REGISTERS else 4
+    num_sums, num_widened, is_wide = row_tiles * _UNIT * padded, together * _CHUNK, stored is np.float32
+
+    @numba.cfunc(PIECE, **OPTIONS)
+    def piece(frame, index):
+        assert version
+        arguments, results = low.words(frame)[9], low.words(frame)[14]
+        num_out, num_in, tokens = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1), low.dim(results, 0, 1)
+        out = numba.carray(low.data(results, 0), (num_out, tokens), made)
+        scale = numba.carray(low.data(arguments, 2 if scaled else 0), (num_out,), np.float32)
+        start, end = _span(index, -(-num_out // _UNIT), _UNIT * num_in * itemsize, num_workers())
+        o, end = start * _UNIT, min(end * _UNIT, num_out)
+        row_bytes, x_at = num_in * itemsize, low.address(results, 1)
+        sums_at = low.alloca(num_sums)
+        sums = numba.carray(low.pointer(sums_at), (row_tiles * _UNIT, padded), np.float32)
+        in_tiles = tiled and num_in % 32 == 0
+        if in_tiles:
+            _configure(low.alloca(16))
+        widened_at = low.alloca(num_widened)
+        widened = numba.carray(low.pointer(widened_at), (together, _CHUNK), np.float32)
+        while o < end:
+            at = low.address(arguments, 0) + o * row_bytes
+            if in_tiles and end - o >= _UNIT:
+                count = _UNIT
+                if end - o >= row_tiles * _UNIT:
+                    count = row_tiles * _UNIT
+                    low.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, row_tiles, vectors)
+                else:
+                    low.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, 1, vectors)
+            elif in_tiles:
+                count = end - o
+                _dots_of_pairs(at, x_at, num_in, sums[:count])
+            else:
+                count = min(together, end - o)
+                for i in range(0, num_in, _CHUNK):
+                    numbers = min(_CHUNK, num_in - i)
+                    left, stride = at + i * itemsize, row_bytes
+                    for line in range(0, numbers * itemsize, 64):
+                        for r in range(count):
+                            low.prefetch(left + (count + r) * row_bytes + line)
+                    if not is_wide:
+                        for r in range(count):
+                            for n in range(0, numbers // 16 * 16, 16):
+                                low.widened(left + r * row_bytes + n * itemsize, widened_at + 4 * (r * _CHUNK + n), kind)
+                            row = numba.carray(low.pointer(left + r * row_bytes), (numbers,), stored)
+                            for n in range(numbers // 16 * 16, numbers):
+                                widened[r, n] = low.wide(row[n])
+                        left, stride = widened_at, 4 * _CHUNK
+                    right = x_at + 4 * i * padded
+                    if i == 0:
+                        low.multiply(
+                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, together, vectors, 0
+                        )
+                    else:
+                        low.multiply(
+                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, together, vectors, 1
+                        )
+            for r in range(count):
+                for token in range(tokens):
+                    total = sums[r, token]
+                    out[o + r, token] = low.like(out, total * scale[o + r] if scaled else total)
+            o += count
+        if in_tiles:
+            low.released()
+
+    @numba.cfunc(HANDLER, **OPTIONS)
+    def handler(words):
+        assert version
+        if words[1] != 0:
+            return low.describe(words[1], words[2])
+        arguments, results = words[9], words[14]
+        num_out, num_in, tokens = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1), low.dim(results, 0, 1)
+        x = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
+        if tiled and num_in % 32 == 0:
+            pairs = numba.carray(low.data(results, 1), (num_in // 2, padded, 2), np.uint16)
+            for i in range(num_in):
+                for token in range(tokens):
+                    if gated:
+                        number = low.silu(low.wide(x[0, i, token])) * low.wide(x[1 if gated else 0, i, token])
+                        pairs[i // 2, token, i % 2] = low.like(pairs, number)
+                    else:
+                        pairs[i // 2, token, i % 2] = x[0, i, token]
+                for token in range(tokens, padded):
+                    pairs[i // 2, token, i % 2] = 0
+        else:
+            room = numba.carray(low.data(results, 1), (num_in, padded), np.float32)
+            for i in range(num_in):
+                for token in range(tokens):
+                    number = low.wide(x[0, i, token])
+                    room[i, token] = low.silu(number) * low.wide(x[1 if gated else 0, i, token]) if gated else number
+                for token in range(tokens, padded):
+                    room[i, token] = 0
+        pieces = _num_spans(-(-num_out // _UNIT), _UNIT * num_in * itemsize, num_workers())
+        return share(slot, low.address_of(words), pieces, AWAKE)
+
+    return handler, piece
+
+
+@numba.njit(inline="always")
+def _configure(at):
+    """Eight tiles of 16 rows of 64 bytes (Intel's manual, volume 1, 18.3)."""
+    rows = numba.carray(low.pointer(at), (64,), np.uint8)
+    rows[:] = 0
+    rows[0] = 1
+    for tile in range(8):
+        rows[16 + 2 * tile], rows[48 + tile] = 64, 16
+    low.configured(at)
+
+
+@numba.njit
+def _dots_of_pairs(at, x_at, num_in, sums):
+    """What tiles leave over: rows of bfloat16 times pairs."""
+    rows, padded = sums.shape
+    kernel = numba.carray(low.pointer(at), (rows, num_in), np.uint16)
+    pairs = numba.carray(low.pointer(x_at), (num_in // 2, padded, 2), np.uint16)
+    sums[:] = 0
+    for r in range(rows):
+        for i in range(num_in):
+            for token in range(padded):
+                sums[r, token] += low.wide(kernel[r, i]) * low.wide(pairs[i // 2, token, i % 2])
+
+
+def _in_tiles(stored: Any, given: Any) -> bool:
+    return stored is given is low.TYPES["bf16"] and _has_tiles()
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether the processor has AMX for bfloat16, and the kernel lets this process use it."""
+    features = binding.get_host_cpu_features()
+    if not (features.get("amx-tile") and features.get("amx-bf16") and sys.platform == "linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @numba.njit

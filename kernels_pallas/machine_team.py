@@ -27,6 +27,7 @@ MAX_HELPERS = 15  # beyond that memory does not get faster
 
 AWAKE = 200  # microseconds for which a helper waits for the next call of a step before it sleeps
 _YIELD_TURNS = 20000  # of the wait for the others' last pieces, before the processor is offered to them
+WIDE_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 of 16 numbers
 # The team's memory, in words; what several threads write lies on cache lines of its own.
 _LEFT, _DONE, _BUSY, _SLEEPING, _BELL = 0, 8, 24, 32, 40
 _CODE, _FRAME, _PIECES, _THREADS, _PATIENCE, _PACE = range(16, 22)

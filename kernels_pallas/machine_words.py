@@ -64,12 +64,13 @@ def _declared(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
     return known or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
 
 
-def _emit_prefetch(builder: Any, address: Any) -> None:
+def _emit_prefetch(builder: Any, address: Any, locality: int = 3) -> None:
+    """locality: 3 to the first cache, 2 to the second."""
     pointer, number = _BYTE.as_pointer(), ir.IntType(32)
-    read, all_levels, data = (ir.Constant(number, n) for n in (0, 3, 1))
+    read, level, data = (ir.Constant(number, n) for n in (0, locality, 1))
     at = builder.inttoptr(address, pointer)
     function = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *[number] * 3])
-    builder.call(function, [at, read, all_levels, data])
+    builder.call(function, [at, read, level, data])
 
 
 def _emit_pause(builder: Any) -> None:
@@ -235,6 +236,69 @@ def _emit_multiply(
     builder.position_at_end(after)
     for one in each:
         _store_reals(builder, made[one], targets[one])
+
+
+def _type_tiles(_context, at, stride, x, count, out, ahead, row_tiles, vectors):
+    """bfloat16 [row_tiles * 16, count], rows stride bytes apart, times x [count / 2, vectors * 16, 2] of bfloat16 ->
+    float32 out [row_tiles * 16, vectors * 16], by the tile registers of x86's AMX, configured; count is a multiple of
+    32. What lies ahead bytes further on is fetched to the second cache."""
+    num_rows, num_vectors = row_tiles.literal_value, vectors.literal_value
+
+    def generate(context, builder, sig, args):
+        at, stride, x, count, out, ahead = args[:6]
+        pointer, number = _BYTE.as_pointer(), ir.IntType(8)
+        word = lambda value: ir.Constant(_WORD, value)
+
+        def tile(value):
+            return ir.Constant(number, value)
+
+        def emit(name, kinds, *operands):
+            builder.call(_declared(builder, f"llvm.x86.{name}", ir.VoidType(), kinds), operands)
+
+        def move(name, register, address, step):
+            emit(name, [number, pointer, _WORD], tile(register), builder.inttoptr(address, pointer), step)
+
+        of_x, of_rows = num_rows * num_vectors, num_rows * num_vectors + num_vectors  # registers behind the sums'
+        for register in range(num_rows * num_vectors):
+            emit("tilezero", [number], tile(register))
+        before, loop, after = builder.block, builder.append_basic_block("tiles"), builder.append_basic_block("tiled")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        i = builder.phi(_WORD)
+        i.add_incoming(word(0), before)
+        for vector in range(num_vectors):
+            address = builder.add(x, builder.add(builder.mul(i, word(32 * num_vectors)), word(64 * vector)))
+            move("tileloadd64", of_x + vector, address, word(64 * num_vectors))
+        for row in range(num_rows):
+            start = builder.add(at, builder.mul(i, word(2)))
+            start = builder.add(start, builder.mul(stride, word(16 * row)))
+            move("tileloadd64", of_rows, start, stride)
+            following = builder.add(start, ahead)
+            for line in range(16):
+                _emit_prefetch(builder, builder.add(following, builder.mul(stride, word(line))), 2)
+            for vector in range(num_vectors):
+                registers = (row * num_vectors + vector, of_rows, of_x + vector)
+                emit("tdpbf16ps", [number] * 3, *map(tile, registers))
+        following = builder.add(i, word(32))
+        i.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+        builder.position_at_end(after)
+        for row in range(num_rows):
+            for vector in range(num_vectors):
+                address = builder.add(out, word(64 * vector + 16 * 64 * num_vectors * row))
+                move("tilestored64", row * num_vectors + vector, address, word(64 * num_vectors))
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 6, row_tiles, vectors), generate
+
+
+def _emit_configured(builder: Any, at: Any) -> None:
+    pointer = _BYTE.as_pointer()
+    builder.call(_declared(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [pointer]), [builder.inttoptr(at, pointer)])
+
+
+def _emit_released(builder: Any) -> None:
+    builder.call(_declared(builder, "llvm.x86.tilerelease", ir.VoidType(), []), [])
 
 
 def _type_turned(_context, rows_at, offset, out, stride, kind):
@@ -440,6 +504,7 @@ add = _instruction(
 swap = _instruction(types.boolean(types.intp, types.intp, types.intp), _emit_swap)
 call = _instruction(types.none(types.intp, types.intp, types.intp), _emit_call)
 prefetch = _instruction(types.none(types.intp), _emit_prefetch)
+prefetch_near = _instruction(types.none(types.intp), lambda builder, at: _emit_prefetch(builder, at, 2))
 pause = _instruction(types.none(), _emit_pause)
 bits = _instruction(types.uint32(types.float32), lambda builder, x: builder.bitcast(x, ir.IntType(32)))
 real = _instruction(types.float32(types.uint32), lambda builder, x: builder.bitcast(x, ir.FloatType()))
@@ -454,6 +519,9 @@ largest = _instruction(types.float32(types.intp, types.intp, types.float32), _em
 weights = _instruction(types.float32(types.intp, types.intp, types.float32), _emit_weights)
 scaled = _instruction(types.none(types.intp, types.intp, types.float32), _emit_scaled)
 only: Any = intrinsic(_type_only)
+tiles: Any = intrinsic(prefer_literal=True)(_type_tiles)
+configured = _instruction(types.none(types.intp), _emit_configured)  # AMX's registers, by 64 bytes
+released = _instruction(types.none(), _emit_released)
 turned: Any = intrinsic(prefer_literal=True)(_type_turned)
 widened: Any = intrinsic(prefer_literal=True)(_type_widened)
 
