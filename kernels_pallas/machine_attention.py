@@ -267,9 +267,9 @@ def _multiply(version):
         for n in range(0, columns, _STEP):
             right, out = b + 4 * n, c + 4 * n
             if adds:
-                low.multiply(a, a_stride, right, b_stride, out, c_stride, count, rows, _TOGETHER, _VECTORS, 1)
+                low.multiply(a, a_stride, right, b_stride, out, c_stride, count, rows, None, _TOGETHER, _VECTORS, 1)
             else:
-                low.multiply(a, a_stride, right, b_stride, out, c_stride, count, rows, _TOGETHER, _VECTORS, 0)
+                low.multiply(a, a_stride, right, b_stride, out, c_stride, count, rows, None, _TOGETHER, _VECTORS, 0)
 
     return multiply
 

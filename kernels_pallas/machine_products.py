@@ -96,6 +96,7 @@ def compile_wide_product(
     processor has AMX, pair by pair in its tiles of 16 rows and 16 tokens."""
     itemsize, kind, version = np.dtype(stored).itemsize, list(low.TYPES.values()).index(stored), VERSION
     padded, tiled = 16 * vectors, _in_tiles(stored, given)
+    is_direct = given is np.float32 and not gated  # as many tokens as fill the vectors need no room
     row_tiles, together = 2, (16 if vectors == 1 else 8) if WIDE_REGISTERS else 4
     num_sums, num_widened, is_wide = row_tiles * _UNIT * padded, together * _CHUNK, stored is np.float32
 
@@ -109,6 +110,8 @@ def compile_wide_product(
         start, end = _span(index, -(-num_out // _UNIT), _UNIT * num_in * itemsize, num_workers())
         o, end = start * _UNIT, min(end * _UNIT, num_out)
         row_bytes, x_at = num_in * itemsize, low.address(results, 1)
+        if is_direct and tokens == padded:
+            x_at = low.address(arguments, 1)
         sums_at = low.alloca(num_sums)
         sums = numba.carray(low.pointer(sums_at), (row_tiles * _UNIT, padded), np.float32)
         in_tiles = tiled and num_in % 32 == 0
@@ -133,9 +136,7 @@ def compile_wide_product(
                 for i in range(0, num_in, _CHUNK):
                     numbers = min(_CHUNK, num_in - i)
                     left, stride = at + i * itemsize, row_bytes
-                    for line in range(0, numbers * itemsize, 64):
-                        for r in range(count):
-                            low.prefetch(left + (count + r) * row_bytes + line)
+                    ahead = at + count * row_bytes + 64 * i
                     if not is_wide:
                         for r in range(count):
                             for n in range(0, numbers // 16 * 16, 16):
@@ -147,11 +148,11 @@ def compile_wide_product(
                     right = x_at + 4 * i * padded
                     if i == 0:
                         low.multiply(
-                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, together, vectors, 0
+                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, ahead, together, vectors, 0
                         )
                     else:
                         low.multiply(
-                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, together, vectors, 1
+                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, ahead, together, vectors, 1
                         )
             for r in range(count):
                 for token in range(tokens):
@@ -169,29 +170,38 @@ def compile_wide_product(
         arguments, results = words[9], words[14]
         num_out, num_in, tokens = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1), low.dim(results, 0, 1)
         x = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
-        if tiled and num_in % 32 == 0:
-            pairs = numba.carray(low.data(results, 1), (num_in // 2, padded, 2), np.uint16)
+        room = numba.carray(low.data(results, 1), (num_in, padded), np.float32)
+        pairs = numba.carray(low.data(results, 1), (-(-num_in // 2), padded, 2), np.uint16)
+        in_tiles = tiled and num_in % 32 == 0
+        if in_tiles and tokens == padded:  # a constant number: several are computed at once
+            for i in range(num_in // 2):
+                for token in range(padded):
+                    for one in range(2):
+                        pairs[i, token, one] = _factor(x, 2 * i + one, token, gated, pairs)
+        elif in_tiles:
             for i in range(num_in):
-                for token in range(tokens):
-                    if gated:
-                        number = low.silu(low.wide(x[0, i, token])) * low.wide(x[1 if gated else 0, i, token])
-                        pairs[i // 2, token, i % 2] = low.like(pairs, number)
-                    else:
-                        pairs[i // 2, token, i % 2] = x[0, i, token]
-                for token in range(tokens, padded):
-                    pairs[i // 2, token, i % 2] = 0
-        else:
-            room = numba.carray(low.data(results, 1), (num_in, padded), np.float32)
+                for token in range(padded):
+                    pairs[i // 2, token, i % 2] = _factor(x, i, token, gated, pairs) if token < tokens else 0
+        elif tokens == padded and not is_direct:
             for i in range(num_in):
-                for token in range(tokens):
-                    number = low.wide(x[0, i, token])
-                    room[i, token] = low.silu(number) * low.wide(x[1 if gated else 0, i, token]) if gated else number
-                for token in range(tokens, padded):
-                    room[i, token] = 0
+                for token in range(padded):
+                    room[i, token] = _factor(x, i, token, gated, room)
+        elif tokens < padded:
+            for i in range(num_in):
+                for token in range(padded):
+                    room[i, token] = _factor(x, i, token, gated, room) if token < tokens else 0
         pieces = _num_spans(-(-num_out // _UNIT), _UNIT * num_in * itemsize, num_workers())
         return share(slot, low.address_of(words), pieces, AWAKE)
 
     return handler, piece
+
+
+@numba.njit(inline="always")
+def _factor(x, i, token, gated, like):
+    number = low.wide(x[0, i, token])
+    if gated:
+        number = low.silu(number) * low.wide(x[1 if gated else 0, i, token])
+    return low.like(like, number)
 
 
 @numba.njit(inline="always")

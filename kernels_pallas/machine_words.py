@@ -148,13 +148,14 @@ def _type_dots(_context, at, stride, x, count, out, limit, rows, tokens, kind):
     return types.none(*[types.intp] * 6, rows, tokens, kind), generate
 
 
-def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows, together, vectors, adds):
+def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows, ahead, together, vectors, adds):
     """float32 a [rows, count] times b [count, vectors * 16] -> c [rows, vectors * 16], added to it where adds is 1; rows
     of each are stride bytes apart. together rows at a time, then what is left of them at once. Each sum is made in the
-    order of count, whatever the number of rows."""
+    order of count, whatever the number of rows. ahead: where a line is fetched of 64 bytes for each of count; None."""
 
     def generate(context, builder, sig, args):
         a, a_stride, b, b_stride, c, c_stride, count, rows = args[:8]
+        fetched = None if isinstance(ahead, types.NoneType) else args[8]
         most, shape = together.literal_value, (vectors.literal_value, adds.literal_value == 1)
         step, zero = ir.Constant(_WORD, most), ir.Constant(_WORD, 0)
         left = builder.srem(rows, step)
@@ -162,7 +163,7 @@ def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows,
 
         def some(first, num_rows):
             at, to = (builder.add(start, builder.mul(first, stride)) for start, stride in ((a, a_stride), (c, c_stride)))
-            _emit_multiply(builder, at, a_stride, b, b_stride, to, c_stride, count, num_rows, *shape)
+            _emit_multiply(builder, at, a_stride, b, b_stride, to, c_stride, count, num_rows, fetched, *shape)
 
         before, loop, rest, after = builder.block, *(builder.append_basic_block(name) for name in ("rows", "rest", "done"))
         builder.cbranch(builder.icmp_signed(">", whole, zero), loop, rest)
@@ -184,7 +185,7 @@ def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows,
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    return types.none(*[types.intp] * 8, together, vectors, adds), generate
+    return types.none(*[types.intp] * 8, ahead, together, vectors, adds), generate
 
 
 def _emit_multiply(
@@ -197,6 +198,7 @@ def _emit_multiply(
     c_stride: Any,
     count: Any,
     num_rows: int,
+    ahead: Any,
     num_vectors: int,
     adds: bool,
 ) -> None:
@@ -222,6 +224,8 @@ def _emit_multiply(
     right, left = builder.add(b, builder.mul(b_stride, i)), builder.mul(i, ir.Constant(_WORD, 4))
     columns = [_load_reals(builder, at_vector(right, vector)) for vector in range(num_vectors)]
     made = {}
+    if ahead is not None:
+        _emit_prefetch(builder, builder.add(ahead, builder.mul(i, ir.Constant(_WORD, 64))), 2)
     for row in range(num_rows):
         number = builder.load(builder.inttoptr(builder.add(starts[row], left), ir.FloatType().as_pointer()))
         wide = _spread(builder, number)
