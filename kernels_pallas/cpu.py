@@ -59,7 +59,7 @@ def product(
 
     (num_out, num_in), tokens, made = kernel.shape, x.shape[1], dtype or x.dtype
     name = machine_code.product_name(kernel.dtype, x.dtype, made, tokens, scaled=scale is not None, gated=gated)
-    room = machine_code.room_of_product(kernel.dtype, x.dtype, tokens, num_in)
+    room = machine_code.room_of_product(kernel.dtype, x.dtype, tokens, num_in, gated=gated)
     results = jax.ShapeDtypeStruct((num_out, tokens), made), jax.ShapeDtypeStruct((room,), jnp.float32)
     operands = (kernel, x) if scale is None else (kernel, x, scale)
     return jax.ffi.ffi_call(machine_code.register(name), results)(*operands)[0]

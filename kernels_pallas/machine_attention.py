@@ -141,9 +141,9 @@ def compile_attention(stored: Any, given: Any, slot: int) -> tuple[Any, Any]:
                 for n in range(num_keys):
                     if block + 1 < last_block:
                         for line in range(0, line_bytes, 64):
-                            low.prefetch(ahead[n] + line)
+                            low.prefetch_near(ahead[n] + line)
                             if not shared:
-                                low.prefetch(ahead[n] + value_row * page_size * LANES * itemsize + line)
+                                low.prefetch_near(ahead[n] + value_row * page_size * LANES * itemsize + line)
                     for lane in range(0, width, 16):
                         offset = (value_row + lane // LANES) * page_size * LANES + value_lane + lane % LANES
                         low.widened(places[n] + offset * itemsize, values_at + n * row_bytes + 4 * lane, kind)

@@ -22,10 +22,10 @@ def product_name(kernel: Any, activations: Any, out: Any, tokens: int, *, scaled
     return "_".join(("jaxserve_product", *names, str(_most(*names[:2], tokens)), *(["scaled"] * scaled), *(["gated"] * gated)))
 
 
-def room_of_product(kernel: Any, activations: Any, tokens: int, num_in: int) -> int:
-    """Numbers of float32 that a product needs beside, for its activations."""
+def room_of_product(kernel: Any, activations: Any, tokens: int, num_in: int, *, gated: bool) -> int:
+    """Numbers of float32 that a product needs beside: its activations as they are read, and those of a gate before."""
     names = (_SHORT[str(np.dtype(dtype))] for dtype in (kernel, activations))
-    return num_in * _most(*names, tokens)
+    return num_in * (_most(*names, tokens) + (tokens if gated else 0))
 
 
 def _most(kernel: str, activations: str, tokens: int) -> int:

@@ -77,12 +77,11 @@ def compile_product(
             return low.describe(words[1], words[2])
         arguments, results = words[9], words[14]
         num_out, num_in = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1)
-        x = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
-        room = numba.carray(low.data(results, 1), (tokens, num_in), np.float32)
-        for token in range(tokens):
-            for i in range(num_in):
-                number = low.wide(x[0, i, token])
-                room[token, i] = low.silu(number) * low.wide(x[1 if gated else 0, i, token]) if gated else number
+        halves = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
+        if gated:
+            _lay_in_rows(_gate(halves, low.address(results, 1) + 4 * num_in * tokens), low.address(results, 1))
+        else:
+            _lay_in_rows(halves[0], low.address(results, 1))
         pieces = _num_spans(num_out, num_in * itemsize, num_workers())
         return share(slot, low.address_of(words), pieces, AWAKE)
 
@@ -169,39 +168,61 @@ def compile_wide_product(
             return low.describe(words[1], words[2])
         arguments, results = words[9], words[14]
         num_out, num_in, tokens = low.dim(arguments, 0, 0), low.dim(arguments, 0, 1), low.dim(results, 0, 1)
-        x = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
-        room = numba.carray(low.data(results, 1), (num_in, padded), np.float32)
-        pairs = numba.carray(low.data(results, 1), (-(-num_in // 2), padded, 2), np.uint16)
-        in_tiles = tiled and num_in % 32 == 0
-        if in_tiles and tokens == padded:  # a constant number: several are computed at once
-            for i in range(num_in // 2):
-                for token in range(padded):
-                    for one in range(2):
-                        pairs[i, token, one] = _factor(x, 2 * i + one, token, gated, pairs)
-        elif in_tiles:
-            for i in range(num_in):
-                for token in range(padded):
-                    pairs[i // 2, token, i % 2] = _factor(x, i, token, gated, pairs) if token < tokens else 0
-        elif tokens == padded and not is_direct:
-            for i in range(num_in):
-                for token in range(padded):
-                    room[i, token] = _factor(x, i, token, gated, room)
-        elif tokens < padded:
-            for i in range(num_in):
-                for token in range(padded):
-                    room[i, token] = _factor(x, i, token, gated, room) if token < tokens else 0
+        halves = numba.carray(low.data(arguments, 1), (2 if gated else 1, num_in, tokens), given)
+        room_at, in_tiles = low.address(results, 1), tiled and num_in % 32 == 0
+        if gated:
+            _lay_in_columns(_gate(halves, room_at + 4 * num_in * padded), room_at, padded, in_tiles)
+        elif not is_direct or tokens < padded:
+            _lay_in_columns(halves[0], room_at, padded, in_tiles)
         pieces = _num_spans(-(-num_out // _UNIT), _UNIT * num_in * itemsize, num_workers())
         return share(slot, low.address_of(words), pieces, AWAKE)
 
     return handler, piece
 
 
-@numba.njit(inline="always")
-def _factor(x, i, token, gated, like):
-    number = low.wide(x[0, i, token])
-    if gated:
-        number = low.silu(number) * low.wide(x[1 if gated else 0, i, token])
-    return low.like(like, number)
+@numba.njit
+def _gate(halves, out):
+    """silu of the first of halves [2, num_in, tokens] times the second -> float32 [num_in, tokens], which is put there.
+    """
+    num_in, tokens = halves.shape[1:]
+    count, one = num_in * tokens, halves.itemsize
+    left, sample = halves.ctypes.data, halves[0, 0, 0]
+    for n in range(0, count // 16 * 16, 16):
+        low.gated(left + n * one, left + (count + n) * one, out + 4 * n, sample)
+    made = numba.carray(low.pointer(out), (num_in, tokens), np.float32)
+    for n in range(count // 16 * 16, count):
+        i, token = n // tokens, n % tokens
+        made[i, token] = low.silu(low.wide(halves[0, i, token])) * low.wide(halves[1, i, token])
+    return made
+
+
+@numba.njit
+def _lay_in_rows(x, room_at):
+    """Activations [num_in, tokens] as float32 [tokens, num_in]."""
+    num_in, tokens = x.shape
+    room = numba.carray(low.pointer(room_at), (tokens, num_in), np.float32)
+    for token in range(tokens):
+        for i in range(num_in):
+            room[token, i] = low.wide(x[i, token])
+
+
+@numba.njit
+def _lay_in_columns(x, room_at, padded, in_pairs):
+    """Activations [num_in, tokens] as float32 [num_in, padded], or as pairs of bfloat16 [num_in / 2, padded, 2]."""
+    num_in, tokens = x.shape
+    if in_pairs:
+        pairs = numba.carray(low.pointer(room_at), (num_in // 2, padded, 2), np.uint16)
+        for i in range(num_in // 2):
+            for token in range(tokens):
+                pairs[i, token, 0] = low.like(pairs, low.wide(x[2 * i, token]))
+                pairs[i, token, 1] = low.like(pairs, low.wide(x[2 * i + 1, token]))
+            pairs[i, tokens:] = 0
+        return
+    room = numba.carray(low.pointer(room_at), (num_in, padded), np.float32)
+    for i in range(num_in):
+        for token in range(tokens):
+            room[i, token] = low.wide(x[i, token])
+        room[i, tokens:] = 0
 
 
 @numba.njit(inline="always")

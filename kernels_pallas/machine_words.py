@@ -397,6 +397,21 @@ def _emit_exp(builder: Any, x: Any) -> Any:
     return builder.select(counts, y, _all(0.0))
 
 
+def _type_gated(_context, gate, up, out, sample):
+    """silu of 16 numbers times 16 others -> float32; both are of a sample's type."""
+    load = _LOADS[0 if sample == types.float32 else 1]
+
+    def generate(context, builder, sig, args):
+        x, up = (load(builder, at, ir.Constant(_WORD, 0)) for at in args[:2])
+        negative = builder.fcmp_ordered("<", x, _all(0.0))
+        small = _emit_exp(builder, builder.select(negative, x, builder.fsub(_all(0.0), x)))
+        share = builder.fdiv(builder.select(negative, small, _all(1.0)), builder.fadd(small, _all(1.0)))
+        _store_reals(builder, builder.fmul(builder.fmul(x, share), up), args[2])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp, sample), generate
+
+
 def _emit_scaled(builder: Any, at: Any, count: Any, factor: Any) -> None:
     wide = _spread(builder, factor)
 
@@ -526,6 +541,7 @@ only: Any = intrinsic(_type_only)
 tiles: Any = intrinsic(prefer_literal=True)(_type_tiles)
 configured = _instruction(types.none(types.intp), _emit_configured)  # AMX's registers, by 64 bytes
 released = _instruction(types.none(), _emit_released)
+gated: Any = intrinsic(_type_gated)
 turned: Any = intrinsic(prefer_literal=True)(_type_turned)
 widened: Any = intrinsic(prefer_literal=True)(_type_widened)
 
