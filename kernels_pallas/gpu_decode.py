@@ -5,8 +5,9 @@ multiprocessor gets the same share whatever the lengths (split-K; Dao et al. 202
 threads a multiprocessor stays for the whole call and takes one (item, kv head) after another. Of its three warpgroups
 one only fetches (TMA): q of the next item and its parts, as far ahead as there is room, past the ends of items too. The
 other two take turns at the parts: q K (wgmma), online softmax in base 2, P V (wgmma); at an item's end the second hands
-its sums to the first, which writes the item's output and the logarithm of its sum of exponentials. A second kernel adds
-up the items of each row.
+its sums to the first, which writes the item's output and the logarithm of its sum of exponentials. Where a head has 256
+lanes, whose sums would not leave registers for anything else, both take all parts, and each has the sums of one half of
+the lanes. A second kernel adds up the items of each row.
 
 All query heads of a kv head are rows of one 64-row product, most of which are empty: the tensor cores have that to
 spare, since reading K and V takes longer. What empty rows hold is never looked at.
@@ -141,6 +142,11 @@ def _items(
     places = 2 if width <= LANES else 1  # for q: of the next item too, where there is room
     free_bytes = SHARED_BYTES - ROWS * width * (places * pages.dtype.itemsize + 4)
     stages = free_bytes // (2 * head_rows * PART * LANES * pages.dtype.itemsize)  # for each of the two that compute
+    halved = len(columns) > 1  # each has its columns of all parts, not all columns of every other part
+    if halved:
+        rings, stages, num_own = 1, 2 * stages, len(columns) // 2
+    else:
+        rings, num_own = 2, 1
 
     def body(layer, kv_lens, table, item_rows, item_parts, first_items, per_item, q, pages, out, logs, *scratch):
         q_s, kv_s, out_s, lines_s, q_full, q_free, full, free, handed, taken, *weights_s = scratch
@@ -156,10 +162,14 @@ def _items(
             count = jnp.minimum(pl.cdiv(kv_lens[row], jnp.int32(PART)) - first, per_item[0])
             return item, row, lax.rem(unit, jnp.int32(num_tiles)), first, count
 
+        def own_rows():
+            """Of a part, those of V that this warpgroup multiplies by."""
+            return [head_rows // 2 + (group * num_own if halved else 0) + each for each in range(num_own)]
+
         def clear_behind(slot, length):
             """V behind the row's last token: what was never written may be NaN, and NaN times 0 is NaN."""
             shape = (PART, LANES // 2)  # half a row of lanes at a time: registers are full of sums
-            for row in range(head_rows // 2, head_rows):
+            for row in own_rows():
                 for lane in range(0 if head_rows > 1 else LANES // 2, LANES, LANES // 2):
                     value = kv_s.at[slot * head_rows + row, :, pl.ds(lane, LANES // 2)]
                     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
@@ -189,12 +199,24 @@ def _items(
                     others, value.shape, [0]
                 )
             lines_s[2] = higher + jnp.log(total) * LOG2_E
-            plgpu.commit_smem()
-            for each, lanes in enumerate(columns):
-                plgpu.copy_smem_to_gmem(out_s.at[each, pl.ds(0, rows)], out.at[item, tile, :, lanes])
-            plgpu.copy_smem_to_gmem(lines_s.at[2, pl.ds(0, rows)], logs.at[item, tile])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            write(item, tile, range(len(columns)), True)
             plgpu.barrier_arrive(taken)
+
+        def finish_half(item, tile, half, maximum, total, *sums):
+            own = range(half * num_own, (half + 1) * num_own)
+            for each, value in zip(own, sums, strict=True):
+                out_s[each] = value / lax.broadcast_in_dim(total, value.shape, [0])
+            if half == 0:
+                lines_s[2] = maximum + jnp.log(total) * LOG2_E
+            write(item, tile, own, half == 0)
+
+        def write(item, tile, own, with_logs):
+            plgpu.commit_smem()
+            for each in own:
+                plgpu.copy_smem_to_gmem(out_s.at[each, pl.ds(0, rows)], out.at[item, tile, :, columns[each]])
+            if with_logs:
+                plgpu.copy_smem_to_gmem(lines_s.at[2, pl.ds(0, rows)], logs.at[item, tile])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group == 2)
         def _fetch():
@@ -211,7 +233,7 @@ def _items(
                     plgpu.copy_gmem_to_smem(q.at[row, tile, :, lanes], target, q_full.at[place])
 
                 def part(number, fetched):
-                    taker = lax.rem(number + index, jnp.int32(2))
+                    taker = jnp.int32(0) if halved else lax.rem(number + index, jnp.int32(2))
                     mine = jnp.where(taker == 0, fetched[0], fetched[1])
                     slot = taker * stages + lax.rem(mine, jnp.int32(stages))
                     token = (first + number) * PART
@@ -229,7 +251,7 @@ def _items(
             fetched = lax.fori_loop(jnp.int32(0), num_turns, turn, (jnp.int32(0), jnp.int32(0)))
             for place in range(places):  # what was let go last is waited for too: nothing is on its way at the end
                 await_if(num_turns > place, q_free.at[place])
-            for slot in range(2 * stages):
+            for slot in range(rings * stages):
                 await_if(fetched[slot // stages] > slot % stages, free.at[slot])
 
         @pl.when(group < 2)
@@ -239,15 +261,15 @@ def _items(
             def turn(index, taken_before):
                 item, row, tile, first, count = unit_of(index)
                 place = lax.rem(index, jnp.int32(places))
-                begin = lax.rem(group + index, jnp.int32(2))
-                turns = lax.div(jnp.maximum(count - begin, 0) + 1, jnp.int32(2))
+                begin = 0 if halved else lax.rem(group + index, jnp.int32(2))
+                turns = count if halved else lax.div(jnp.maximum(count - begin, 0) + 1, jnp.int32(2))
                 left = kv_lens[row] - (first + begin) * PART  # tokens, from this warpgroup's first part on
                 plgpu.barrier_wait(q_full.at[place])
 
                 def part(number, state):
                     maximum, total, *sums = state
-                    slot = group * stages + lax.rem(taken_before + number, jnp.int32(stages))
-                    length = left - number * (2 * PART)
+                    slot = (0 if halved else group * stages) + lax.rem(taken_before + number, jnp.int32(stages))
+                    length = left - number * (rings * PART)
                     plgpu.barrier_wait(full.at[slot])
 
                     @pl.when(length < PART)
@@ -269,7 +291,10 @@ def _items(
                     total = total * shrink + jnp.sum(weights, axis=1)
                     scratch = weights_s[0].at[group] if weights_s else None
                     sums = [each * lax.broadcast_in_dim(shrink, each.shape, [0]) for each in sums]
-                    values = values_of(kv_s, slot * head_rows, head_rows)
+                    if halved:
+                        values = [kv_s.at[slot * head_rows + each] for each in own_rows()]
+                    else:
+                        values = values_of(kv_s, slot * head_rows, head_rows)
                     sums = add_products(sums, weights.astype(pages.dtype), values, scratch)
                     plgpu.barrier_arrive(free.at[slot])
                     return higher, total, *sums
@@ -278,34 +303,33 @@ def _items(
                 in_rows = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
                 start = (in_rows(line(MASKED)), in_rows(line(0.0)))
                 empty = jnp.zeros((ROWS, min(width, LANES)), jnp.float32)
-                start += tuple(plgpu.layout_cast(empty, plgpu.Layout.WGMMA) for _ in columns)
+                start += tuple(plgpu.layout_cast(empty, plgpu.Layout.WGMMA) for _ in range(num_own))
                 state = lax.fori_loop(jnp.int32(0), turns, part, start)
                 plgpu.barrier_arrive(q_free.at[place])
 
-                @pl.when(group == 1)
-                def _():
-                    hand_over(index, *state)
-
-                @pl.when(group == 0)
-                def _():
-                    finish(item, tile, *state)
+                ends = [functools.partial(finish, item, tile), functools.partial(hand_over, index)]
+                if halved:
+                    ends = [functools.partial(finish_half, item, tile, half) for half in range(2)]
+                for number, end in enumerate(ends):
+                    pl.when(group == number)(functools.partial(end, *state))
 
                 return taken_before + turns
 
             lax.fori_loop(jnp.int32(0), num_turns, turn, jnp.int32(0))
-            await_if((group == 1) & (num_turns > 0), taken)
+            if not halved:
+                await_if((group == 1) & (num_turns > 0), taken)
 
     lanes = min(width, LANES)
     barrier = plgpu.Barrier
     scratch = [
         plgpu.SMEM((places, len(columns), ROWS, lanes), pages.dtype, transforms=tiles(pages.dtype)),
-        plgpu.SMEM((2 * stages * head_rows, PART, LANES), pages.dtype, transforms=tiles(pages.dtype)),
+        plgpu.SMEM((rings * stages * head_rows, PART, LANES), pages.dtype, transforms=tiles(pages.dtype)),
         plgpu.SMEM((len(columns), ROWS, lanes), jnp.float32, transforms=tiles(jnp.float32)),
         plgpu.SMEM((3, ROWS), jnp.float32),
         barrier(num_arrivals=len(columns), num_barriers=places),
         barrier(num_arrivals=2, num_barriers=places),
-        barrier(num_arrivals=head_rows, num_barriers=2 * stages),
-        barrier(num_barriers=2 * stages),
+        barrier(num_arrivals=head_rows, num_barriers=rings * stages),
+        barrier(num_arrivals=2 // rings, num_barriers=rings * stages),
         barrier(),
         barrier(),
     ]

@@ -123,9 +123,15 @@ def compile_attention(stored: Any, given: Any, slot: int) -> tuple[Any, Any]:
                 if block + 1 < last_block:
                     base = (block + 1) * BLOCK
                     _find(
-                        following, low.address(arguments, 2) + 4 * row * max_pages, pages, scales_at, page_size,
+                        following,
+                        low.address(arguments, 2) + 4 * row * max_pages,
+                        pages,
+                        scales_at,
+                        page_size,
                         (layer * num_pages, page_rows, head, num_kv_heads, rows_per_head, LANES * itemsize),
-                        base, max(start - base, 0), min(end - base, BLOCK),
+                        base,
+                        max(start - base, 0),
+                        min(end - base, BLOCK),
                     )
                 if block < first_block:
                     continue
@@ -147,10 +153,23 @@ def compile_attention(stored: Any, given: Any, slot: int) -> tuple[Any, Any]:
                     for lane in range(0, width, 16):
                         offset = (value_row + lane // LANES) * page_size * LANES + value_lane + lane % LANES
                         low.widened(places[n] + offset * itemsize, values_at + n * row_bytes + 4 * lane, kind)
-                _multiply(queries_at, row_bytes, keys_at, block_bytes, scores_at, block_bytes, head_dim, rows, filled, 0)
+                _multiply(
+                    queries_at, row_bytes, keys_at, block_bytes, scores_at, block_bytes, head_dim, rows, filled, 0
+                )
                 _weigh(
-                    scores_at, sums_at, states_at, here + 8 * BLOCK if eight_bits else 0, rows, group, width,
-                    num_keys, filled, position - base, end - base, window, cap,
+                    scores_at,
+                    sums_at,
+                    states_at,
+                    here + 8 * BLOCK if eight_bits else 0,
+                    rows,
+                    group,
+                    width,
+                    num_keys,
+                    filled,
+                    position - base,
+                    end - base,
+                    window,
+                    cap,
                 )
                 _multiply(scores_at, block_bytes, values_at, row_bytes, sums_at, row_bytes, num_keys, rows, width, 1)
             if not alone and last_part > first_part:

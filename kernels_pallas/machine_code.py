@@ -19,7 +19,9 @@ def product_name(kernel: Any, activations: Any, out: Any, tokens: int, *, scaled
     the activations. gated: activations are [2 * I, T], and silu of the first half times the second is what is
     multiplied. The first three are dtypes. Of more than a few tokens the name says how many there are at most."""
     names = [_SHORT[str(np.dtype(dtype))] for dtype in (kernel, activations, out)]
-    return "_".join(("jaxserve_product", *names, str(_most(*names[:2], tokens)), *(["scaled"] * scaled), *(["gated"] * gated)))
+    return "_".join(
+        ("jaxserve_product", *names, str(_most(*names[:2], tokens)), *(["scaled"] * scaled), *(["gated"] * gated))
+    )
 
 
 def room_of_product(kernel: Any, activations: Any, tokens: int, num_in: int, *, gated: bool) -> int:

@@ -139,7 +139,9 @@ def compile_wide_product(
                     if not is_wide:
                         for r in range(count):
                             for n in range(0, numbers // 16 * 16, 16):
-                                low.widened(left + r * row_bytes + n * itemsize, widened_at + 4 * (r * _CHUNK + n), kind)
+                                low.widened(
+                                    left + r * row_bytes + n * itemsize, widened_at + 4 * (r * _CHUNK + n), kind
+                                )
                             row = numba.carray(low.pointer(left + r * row_bytes), (numbers,), stored)
                             for n in range(numbers // 16 * 16, numbers):
                                 widened[r, n] = low.wide(row[n])
@@ -147,11 +149,33 @@ def compile_wide_product(
                     right = x_at + 4 * i * padded
                     if i == 0:
                         low.multiply(
-                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, ahead, together, vectors, 0
+                            left,
+                            stride,
+                            right,
+                            4 * padded,
+                            sums_at,
+                            4 * padded,
+                            numbers,
+                            count,
+                            ahead,
+                            together,
+                            vectors,
+                            0,
                         )
                     else:
                         low.multiply(
-                            left, stride, right, 4 * padded, sums_at, 4 * padded, numbers, count, ahead, together, vectors, 1
+                            left,
+                            stride,
+                            right,
+                            4 * padded,
+                            sums_at,
+                            4 * padded,
+                            numbers,
+                            count,
+                            ahead,
+                            together,
+                            vectors,
+                            1,
                         )
             for r in range(count):
                 for token in range(tokens):
@@ -182,8 +206,7 @@ def compile_wide_product(
 
 @numba.njit
 def _gate(halves, out):
-    """silu of the first of halves [2, num_in, tokens] times the second -> float32 [num_in, tokens], which is put there.
-    """
+    """silu of the first of halves [2, num_in, tokens] times the second -> float32 [num_in, tokens], which is put there."""
     num_in, tokens = halves.shape[1:]
     count, one = num_in * tokens, halves.itemsize
     left, sample = halves.ctypes.data, halves[0, 0, 0]

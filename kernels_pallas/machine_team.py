@@ -92,7 +92,9 @@ def _may_keep() -> bool:
 _KEPT = _may_keep()
 OPTIONS: dict[str, Any] = {"cache": _KEPT, "fastmath": True, "error_model": "numpy"}
 # Numba keeps compiled code until the file changes that it comes from; this is what it sees of the other two.
-VERSION = int(hashlib.sha256(b"".join(Path(each).read_bytes() for each in (__file__, low.__file__))).hexdigest()[:8], 16)
+VERSION = int(
+    hashlib.sha256(b"".join(Path(each).read_bytes() for each in (__file__, low.__file__))).hexdigest()[:8], 16
+)
 
 
 @numba.njit(inline="always")

@@ -162,10 +162,15 @@ def _type_multiply(_context, a, a_stride, b, b_stride, c, c_stride, count, rows,
         whole = builder.sub(rows, left)
 
         def some(first, num_rows):
-            at, to = (builder.add(start, builder.mul(first, stride)) for start, stride in ((a, a_stride), (c, c_stride)))
+            at, to = (
+                builder.add(start, builder.mul(first, stride)) for start, stride in ((a, a_stride), (c, c_stride))
+            )
             _emit_multiply(builder, at, a_stride, b, b_stride, to, c_stride, count, num_rows, fetched, *shape)
 
-        before, loop, rest, after = builder.block, *(builder.append_basic_block(name) for name in ("rows", "rest", "done"))
+        before, loop, rest, after = (
+            builder.block,
+            *(builder.append_basic_block(name) for name in ("rows", "rest", "done")),
+        )
         builder.cbranch(builder.icmp_signed(">", whole, zero), loop, rest)
         builder.position_at_end(loop)
         first = builder.phi(_WORD)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxserve.model.llama import Layout
-from kernels_pallas import cpu, machine_code
+from kernels_pallas import cpu, machine_products, machine_team
 from kernels_pallas.attention import DecodeRows
 from kernels_pallas.cache import empty
 from kernels_pallas.kinds import FULL
@@ -90,7 +90,9 @@ def answers() -> bytes:
     cache = empty(1, 64, 3, 64, 16, jnp.dtype("float32"))
     cache = type(cache)(drawn(rng, cache.pages.shape, "float32"))
     rows = DecodeRows(jnp.asarray(rng.permutation(64).reshape(8, 8), jnp.int32), jnp.arange(0, 128, 16, jnp.int32))
-    parts.append(cpu.decode(drawn(rng, (8, 9, 64), "float32"), cache, 3, 0, rows, FULL))
+    parts.append(
+        cpu.attend_pages(drawn(rng, (8, 9, 64), "float32"), cache, 3, 0, cpu.plan(rows, None, 16).decode, FULL)
+    )
     return b"".join(np.asarray(part).tobytes() for part in parts)
 
 
@@ -147,11 +149,11 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_in_every_process(monk
     def refuses(**options: Any) -> Any:
         raise RuntimeError("cannot cache function: no locator available")
 
-    assert machine_code._may_keep()
-    monkeypatch.setattr(machine_code.numba, "njit", refuses)
-    assert not machine_code._may_keep()
-    monkeypatch.setitem(machine_code._OPTIONS, "cache", False)
-    code, piece = machine_code._compile_product(np.float32, np.float32, np.float32, 1, False, False, 255)
+    assert machine_team._may_keep()
+    monkeypatch.setattr(machine_team.numba, "njit", refuses)
+    assert not machine_team._may_keep()
+    monkeypatch.setitem(machine_team.OPTIONS, "cache", False)
+    code, piece = machine_products.compile_product(np.float32, np.float32, np.float32, 1, False, False, 255)
     assert code.address and piece.address
 
 

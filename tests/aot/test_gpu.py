@@ -66,8 +66,7 @@ def test_kernels_compile_for_hopper_without_spilling_registers(shape, kind, tmp_
     assert {name.rpartition("_")[0] for name in reports} == {"paged_decode", "add_items", "paged_prefill"}
     for name, report in reports.items():
         spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        few = 24 if shape[2] == 256 and name.startswith("paged_decode") else 0  # bytes: docs/kernels.md
-        assert spilled and max(map(int, sum(spilled, ()))) <= few, f"{name}: {report}"
+        assert spilled and not any(map(int, sum(spilled, ()))), f"{name}: {report}"
         assert "sm_90a" in report
 
 
