@@ -103,7 +103,7 @@ def attend(
 def attend_pages(
     q: jax.Array, cache: KVCache, num_kv_heads: int, layer: int | jax.Array, rows: Rows, kind: LayerKind
 ) -> jax.Array:
-    """q [S + T, H, D] against the pages of rows, which hold the new tokens already -> [S + T, H, D]; padding gives 0."""
+    """q [S + T, H, D] against the pages of rows, which hold the new tokens -> [S + T, H, D]; padding gives 0."""
     from kernels_pallas import machine_attention, machine_code, machine_team
 
     num_tokens, num_heads, head_dim = q.shape

@@ -1,13 +1,14 @@
 """The GPU backend, for Hopper: Pallas kernels for decode rows and prefill chunks; XLA writes the cache, in place."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gpu_decode, gpu_prefill, writes
+from kernels_pallas import gpu_decode, gpu_prefill, writes, xla
 from kernels_pallas.cache import KVCache
 from kernels_pallas.gpu_ops import PART, Interpret
 from kernels_pallas.kinds import FULL, LayerKind, Work
@@ -61,19 +62,20 @@ def attend(
     num_blocks: int = gpu_decode.NUM_BLOCKS,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA would copy the cache.
+    """See kernels_pallas.attention.
 
     Mosaic refuses arrays that do not begin on a border of 256 bytes, and XLA hands a custom call a slice of a larger
     array in place; the barriers give the kernels arrays of their own.
     """
-    pages = writes.write(cache, layer, k, v, work.writes).pages
-    num_decode = 0 if work.decode is None else work.decode.kv_lens.shape[0]
-    options = {"num_kv_heads": k.shape[1], "kind": work.kind, "interpret": interpret}
-    outs = []
-    if work.decode is not None:
-        new = lax.optimization_barrier(q[:num_decode])
-        outs.append(gpu_decode.attend(new, pages, layer, work.decode, num_blocks=num_blocks, **options))
-    if work.prefill is not None:
-        new = lax.optimization_barrier(q[num_decode:])
-        outs.append(gpu_prefill.attend(new, pages, layer, work.prefill, **options))
-    return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), KVCache(pages, cache.scales)
+
+    def kernel(attend: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
+        def run(q, cache, num_kv_heads, layer, plan, kind):
+            q = lax.optimization_barrier(q)
+            return attend(
+                q, cache.pages, layer, plan, num_kv_heads=num_kv_heads, kind=kind, interpret=interpret, **options
+            )
+
+        return run
+
+    decode, prefill = kernel(gpu_decode.attend, num_blocks=num_blocks), kernel(gpu_prefill.attend)
+    return xla.attend(q, k, v, cache, layer, work, decode=decode, prefill=prefill)

@@ -1,5 +1,5 @@
-"""The machine code that XLA's programs call on the CPU, by name: compiled by Numba when it is first asked for, and called
-by XLA's typed foreign function interface, whose call frame is read word by word (layout: jaxlib's
+"""The machine code that XLA's programs call on the CPU, by name. Numba compiles it when it is first asked for; XLA
+calls it by its typed foreign function interface, whose call frame is read word by word (layout: jaxlib's
 include/xla/ffi/api/c_api.h)."""
 
 from typing import Any

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from llvmlite import binding
 
+from kernels_pallas import machine_vectors as simd
 from kernels_pallas import machine_words as low
 from kernels_pallas.machine_team import AWAKE, HANDLER, OPTIONS, PIECE, VERSION, WIDE_REGISTERS, num_workers, share
 
@@ -58,9 +59,9 @@ def compile_product(
             at = low.address(arguments, 0) + o * num_in * itemsize
             count = together if o + together <= end else 1
             if count == together:
-                low.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, together, tokens, kind)
+                simd.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, together, tokens, kind)
             else:
-                low.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, 1, tokens, kind)
+                simd.dots(at, num_in * itemsize, low.address(results, 1), num_in, here, limit, 1, tokens, kind)
             sums = numba.carray(low.pointer(here), (together, tokens), np.float32)
             for r in range(count):
                 for token in range(tokens):
@@ -93,7 +94,7 @@ def compile_wide_product(
 ) -> tuple[Any, Any]:
     """The same for up to 16 * vectors tokens. A sum is made number by number, 16 tokens at once; of bfloat16, where the
     processor has AMX, pair by pair in its tiles of 16 rows and 16 tokens."""
-    itemsize, kind, version = np.dtype(stored).itemsize, list(low.TYPES.values()).index(stored), VERSION
+    itemsize, version, sample = np.dtype(stored).itemsize, VERSION, stored(0)
     padded, tiled = 16 * vectors, _in_tiles(stored, given)
     is_direct = given is np.float32 and not gated  # as many tokens as fill the vectors need no room
     row_tiles, together = 2, (16 if vectors == 1 else 8) if WIDE_REGISTERS else 4
@@ -124,9 +125,9 @@ def compile_wide_product(
                 count = _UNIT
                 if end - o >= row_tiles * _UNIT:
                     count = row_tiles * _UNIT
-                    low.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, row_tiles, vectors)
+                    simd.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, row_tiles, vectors)
                 else:
-                    low.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, 1, vectors)
+                    simd.tiles(at, row_bytes, x_at, num_in, sums_at, count * row_bytes, 1, vectors)
             elif in_tiles:
                 count = end - o
                 _dots_of_pairs(at, x_at, num_in, sums[:count])
@@ -139,8 +140,8 @@ def compile_wide_product(
                     if not is_wide:
                         for r in range(count):
                             for n in range(0, numbers // 16 * 16, 16):
-                                low.widened(
-                                    left + r * row_bytes + n * itemsize, widened_at + 4 * (r * _CHUNK + n), kind
+                                simd.widened(
+                                    left + r * row_bytes + n * itemsize, widened_at + 4 * (r * _CHUNK + n), sample
                                 )
                             row = numba.carray(low.pointer(left + r * row_bytes), (numbers,), stored)
                             for n in range(numbers // 16 * 16, numbers):
@@ -148,7 +149,7 @@ def compile_wide_product(
                         left, stride = widened_at, 4 * _CHUNK
                     right = x_at + 4 * i * padded
                     if i == 0:
-                        low.multiply(
+                        simd.multiply(
                             left,
                             stride,
                             right,
@@ -163,7 +164,7 @@ def compile_wide_product(
                             0,
                         )
                     else:
-                        low.multiply(
+                        simd.multiply(
                             left,
                             stride,
                             right,
@@ -183,7 +184,7 @@ def compile_wide_product(
                     out[o + r, token] = low.like(out, total * scale[o + r] if scaled else total)
             o += count
         if in_tiles:
-            low.released()
+            simd.released()
 
     @numba.cfunc(HANDLER, **OPTIONS)
     def handler(words):
@@ -206,12 +207,12 @@ def compile_wide_product(
 
 @numba.njit
 def _gate(halves, out):
-    """silu of the first of halves [2, num_in, tokens] times the second -> float32 [num_in, tokens], which is put there."""
+    """silu of the first of halves [2, num_in, tokens] times the second -> float32 [num_in, tokens], put there."""
     num_in, tokens = halves.shape[1:]
     count, one = num_in * tokens, halves.itemsize
     left, sample = halves.ctypes.data, halves[0, 0, 0]
     for n in range(0, count // 16 * 16, 16):
-        low.gated(left + n * one, left + (count + n) * one, out + 4 * n, sample)
+        simd.gated(left + n * one, left + (count + n) * one, out + 4 * n, sample)
     made = numba.carray(low.pointer(out), (num_in, tokens), np.float32)
     for n in range(count // 16 * 16, count):
         i, token = n // tokens, n % tokens
@@ -256,7 +257,7 @@ def _configure(at):
     rows[0] = 1
     for tile in range(8):
         rows[16 + 2 * tile], rows[48 + tile] = 64, 16
-    low.configured(at)
+    simd.configured(at)
 
 
 @numba.njit

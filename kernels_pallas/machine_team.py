@@ -21,6 +21,7 @@ import numpy as np
 from llvmlite import binding
 from numba import types
 
+from kernels_pallas import machine_vectors as simd
 from kernels_pallas import machine_words as low
 
 MAX_HELPERS = 15  # beyond that memory does not get faster
@@ -91,10 +92,9 @@ def _may_keep() -> bool:
 
 _KEPT = _may_keep()
 OPTIONS: dict[str, Any] = {"cache": _KEPT, "fastmath": True, "error_model": "numpy"}
-# Numba keeps compiled code until the file changes that it comes from; this is what it sees of the other two.
-VERSION = int(
-    hashlib.sha256(b"".join(Path(each).read_bytes() for each in (__file__, low.__file__))).hexdigest()[:8], 16
-)
+# Numba keeps compiled code until the file changes that it comes from; this is what it sees of the other files.
+_FILES = [Path(each).read_bytes() for each in (__file__, low.__file__, simd.__file__)]
+VERSION = int(hashlib.sha256(b"".join(_FILES)).hexdigest()[:8], 16)
 
 
 @numba.njit(inline="always")

@@ -51,7 +51,7 @@ def plan(rows: "DecodeRows | None", chunks: "PrefillChunks | None", page_size: i
     """See kernels_pallas.attention."""
     return Work(
         decode=None if rows is None else _plan_decode(rows, page_size, kind),
-        prefill=None if chunks is None else plan_prefill(chunks, page_size, kind),
+        prefill=None if chunks is None else _plan_prefill(chunks, page_size, kind),
         kind=kind,
         writes=writes.plan(rows, chunks, page_size),
     )
@@ -66,9 +66,10 @@ def attend(
     work: Work,
     *,
     decode: Callable[..., jax.Array] | None = None,
+    prefill: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache. decode:
-    of (q, cache, num_kv_heads, layer, work.decode, kind), where it is not this module's."""
+    """See kernels_pallas.attention. All writes come before all reads: interleaved, XLA copies the whole cache. decode
+    and prefill: of (q, cache, num_kv_heads, layer, the plan of theirs, kind), where they are not this module's."""
     decode_plan, prefill_plan = work.decode, work.prefill
     num_decode = 0 if decode_plan is None else decode_plan.kv_lens.shape[0]
     cache = writes.write(cache, layer, k, v, work.writes)
@@ -76,7 +77,7 @@ def attend(
     if decode_plan is not None:
         outs.append((decode or _decode)(q[:num_decode], cache, k.shape[1], layer, decode_plan, work.kind))
     if prefill_plan is not None:
-        outs.append(_prefill(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
+        outs.append((prefill or _prefill)(q[num_decode:], cache, k.shape[1], layer, prefill_plan, work.kind))
     return (outs[0] if len(outs) == 1 else jnp.concatenate(outs)), cache
 
 
@@ -107,7 +108,7 @@ def _work_list(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, ja
     return row, jnp.where(used, item - (ends - counts)[row], 0), used, ends[-1]
 
 
-def plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> PrefillPlan:
+def _plan_prefill(chunks: "PrefillChunks", page_size: int, kind: LayerKind) -> PrefillPlan:
     num_rows, max_pages = chunks.page_table.shape
     num_tokens = chunks.positions.shape[0]
     per_block = max(PREFILL_BLOCK_TOKENS // page_size, 1)

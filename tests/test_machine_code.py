@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from jaxserve.model.llama import Layout
-from kernels_pallas import cpu, machine_products, machine_team
-from kernels_pallas.attention import DecodeRows
-from kernels_pallas.cache import empty
-from kernels_pallas.kinds import FULL
+from kernels_pallas import cpu, machine_attention, machine_products, machine_team, reference
+from kernels_pallas.attention import DecodeRows, PrefillChunks
+from kernels_pallas.cache import KVCache, empty
+from kernels_pallas.kinds import FULL, LayerKind
 from tests.engines import Driver, build_engine, greedy
 from tests.tiny_llama import write_tiny_llama
 
@@ -38,7 +38,7 @@ def wide(x: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kernel_dtype", KERNELS)
-@pytest.mark.parametrize("tokens", range(1, cpu.MOST_TOKENS + 1))
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 8, 9, 16, cpu.MOST_TOKENS])
 def test_a_product_is_numpys(rng, kernel_dtype, tokens):
     scaled = kernel_dtype in ("int8", "float8_e4m3fn")
     for num_out, num_in in SHAPES:
@@ -52,13 +52,16 @@ def test_a_product_is_numpys(rng, kernel_dtype, tokens):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_product_in_bfloat16_rounds_once_and_may_be_asked_for_float32(rng, gated):
-    kernel, x = drawn(rng, (96, 72), "bfloat16"), drawn(rng, (144 if gated else 72, 2), "bfloat16")
+@pytest.mark.parametrize("num_in", [72, 96])  # AMX multiplies 32 numbers at a time, or nothing
+@pytest.mark.parametrize("tokens", [2, 7, 16, 20])
+def test_a_product_in_bfloat16_rounds_once_and_may_be_asked_for_float32(rng, gated, num_in, tokens):
+    """Where AMX multiplies, what comes out of a gate is rounded to bfloat16 before it does."""
+    kernel, x = drawn(rng, (103, num_in), "bfloat16"), drawn(rng, (2 * num_in if gated else num_in, tokens), "bfloat16")
     gate, up = np.split(wide(x), 2) if gated else (wide(x), 1)
     factors = gate / (1 + np.exp(-gate)) * up if gated else gate
-    expected = wide(kernel) @ factors
+    expected, size = wide(kernel) @ factors, np.abs(wide(kernel)) @ np.abs(factors)
     exact = cpu.product(kernel, x, dtype=jnp.dtype("float32"), gated=gated)
-    np.testing.assert_allclose(wide(exact), expected, atol=2e-5)
+    assert (np.abs(wide(exact) - expected) <= (2**-8 if gated and tokens > 4 else 1e-6) * size).all()
     rounded = cpu.product(kernel, x, gated=gated)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(wide(rounded), wide(exact.astype(jnp.bfloat16)))
@@ -82,7 +85,7 @@ def answers() -> bytes:
     """Bytes of products and of an attention that many pieces make up."""
     rng = np.random.default_rng(7)
     parts: list[Any] = []
-    for tokens in (1, 2, 4):
+    for tokens in (1, 2, 4, 16):
         x = drawn(rng, (576, tokens), "bfloat16")
         for num_out in (1, 500, 3072):
             kernel = drawn(rng, (num_out, 576), "bfloat16")
@@ -94,6 +97,41 @@ def answers() -> bytes:
         cpu.attend_pages(drawn(rng, (8, 9, 64), "float32"), cache, 3, 0, cpu.plan(rows, None, 16).decode, FULL)
     )
     return b"".join(np.asarray(part).tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [FULL, LayerKind(window=700, softcap=20.0)], ids=["full", "window"])
+def test_long_contexts_are_cut_into_parts_and_a_token_is_the_same_in_a_row_or_in_a_chunk(rng, kind, dtype):
+    """Contexts of one to three parts, the last of which end on a border, before it and behind it; the rest of every
+    page holds nothing. The last token of each chunk is asked for once more as a decode row: the same bits."""
+    part = machine_attention.BLOCK * machine_attention.PART_BLOCKS
+    lengths = [part - 1, part, part + 1, 2 * part + 17, 3 * part, 3 * part + 1]
+    page_size, num_new = 16, 48
+    max_pages = -(-max(lengths) // page_size)
+    table = np.zeros((len(lengths), max_pages), np.int32)
+    pages = np.full((1, 1 + len(lengths) * max_pages, 3, page_size, 128), np.nan, np.float32)
+    starts, positions = [0], []
+    for row, length in enumerate(lengths):
+        table[row] = 1 + row * max_pages + rng.permutation(max_pages)
+        for position in range(length):
+            pages[0, table[row, position // page_size], :, position % page_size] = rng.normal(size=(3, 128))
+        first = max(length - num_new, 0) // page_size * page_size
+        positions += range(first, first + num_new + page_size)
+        starts.append(len(positions))
+    cache = KVCache(jnp.asarray(pages).astype(dtype))
+    rows = DecodeRows(jnp.asarray(table), jnp.asarray(lengths, jnp.int32))
+    chunks = PrefillChunks(*rows.__dict__.values(), jnp.asarray(starts, jnp.int32), jnp.asarray(positions, jnp.int32))
+    q = drawn(rng, (len(positions), 9, 64), dtype)
+    real = np.asarray(positions) < np.repeat(lengths, np.diff(starts))
+    plan = cpu.plan(None, chunks, page_size, kind).decode
+    out = cpu.attend_pages(q, cache, 3, 0, plan, kind)
+    where = np.repeat(np.arange(len(lengths)), np.diff(starts))
+    shown = jnp.asarray(np.where(real, positions, -1))
+    expected = reference.attend(q, cache, 0, jnp.asarray(table[where]), shown, 3, kind)
+    np.testing.assert_allclose(wide(out), wide(expected), atol=1e-5 if dtype == "float32" else 2e-2)
+    last = [start + length - positions[start] - 1 for start, length in zip(starts, lengths, strict=False)]
+    alone = cpu.attend_pages(q[np.asarray(last)], cache, 3, 0, cpu.plan(rows, None, page_size, kind).decode, kind)
+    np.testing.assert_array_equal(wide(alone), wide(out[np.asarray(last)]))
 
 
 @pytest.mark.parametrize("threads", ["1", "5"])
