@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels_pallas import machine_words as low
 from kernels_pallas.machine_attention import compile_attention
-from kernels_pallas.machine_products import compile_product, compile_wide_product, few_tokens
+from kernels_pallas.machine_products import compile_norm, compile_product, compile_wide_product, few_tokens
 from kernels_pallas.machine_team import TEAM
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "float8_e4m3fn": "f8", "uint8": "f8"}
@@ -39,6 +39,11 @@ def attention_name(dtype: Any, activations: Any) -> str:
     return f"jaxserve_attention_{_SHORT[str(np.dtype(dtype))]}_{_SHORT[str(np.dtype(activations))]}"
 
 
+def norm_name(activations: Any) -> str:
+    """By which XLA calls: x [E, T], scale [E], eps [1] float32 -> x normed and scaled, [T] float32 of room."""
+    return f"jaxserve_norm_{_SHORT[str(np.dtype(activations))]}"
+
+
 def register(name: str) -> str:
     """Compiles what a name stands for, unless it is there, and makes it known to XLA: programs that call it can be
     loaded and run from then on. -> the name."""
@@ -53,6 +58,8 @@ def register(name: str) -> str:
                     code = compile_product(kernel, activations, out, tokens, *also, slot)
                 else:
                     code = compile_wide_product(kernel, activations, out, tokens // 16, *also, slot)
+            elif what == "norm":
+                code = compile_norm(low.TYPES[parts[0]])
             else:
                 code = compile_attention(low.TYPES[parts[0]], low.TYPES[parts[1]], slot)
             TEAM.add(name, *code, slot)

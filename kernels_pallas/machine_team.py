@@ -59,7 +59,8 @@ class _Team:
             for number in range(self.helpers):
                 threading.Thread(target=_help, name=f"decode-{number}", daemon=True).start()
         self.registered[name] = (handler, piece)
-        self.words[_CODES + slot] = piece.address
+        if piece is not None:
+            self.words[_CODES + slot] = piece.address
         capsule = ctypes.pythonapi.PyCapsule_New
         capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         jax.ffi.register_ffi_target(name, capsule(handler.address, None, None), platform="cpu")

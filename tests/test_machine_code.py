@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.model.llama import Layout
+from jaxserve.model.llama import Layout, RMSNorm
 from kernels_pallas import cpu, machine_attention, machine_products, machine_team, reference
 from kernels_pallas.attention import DecodeRows, PrefillChunks
 from kernels_pallas.cache import KVCache, empty
@@ -72,6 +72,17 @@ def test_every_float8_number_is_read_as_itself():
     kernel = jnp.asarray(np.where(np.isnan(numbers.astype(np.float32)), 0, numbers.astype(np.float32)))
     out = cpu.product(jnp.diag(kernel).astype(jnp.float8_e4m3fn), jnp.ones((256, 1)), jnp.ones(256))
     np.testing.assert_array_equal(np.asarray(out)[:, 0], np.asarray(kernel))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_norm_is_the_models(rng, dtype, tokens):
+    x, scale = drawn(rng, (100, tokens), dtype) * 7, drawn(rng, (100,), dtype)
+    norm = RMSNorm(100, 1e-5, jnp.dtype(dtype), Layout(feature_major=True))
+    norm.scale[...] = scale
+    np.testing.assert_allclose(
+        wide(cpu.norm(x, scale, 1e-5)), wide(norm(x)), rtol=1e-6 if dtype == "float32" else 2**-7
+    )
 
 
 WORK = """
