@@ -54,7 +54,7 @@ def register(name: str) -> str:
             if what == "product":
                 kernel, activations, out = (low.TYPES[part] for part in parts[:3])
                 tokens, also = int(parts[3]), ("scaled" in parts, "gated" in parts)
-                if tokens <= few_tokens(*parts[:2]):
+                if tokens % 16:
                     code = compile_product(kernel, activations, out, tokens, *also, slot)
                 else:
                     code = compile_wide_product(kernel, activations, out, tokens // 16, *also, slot)

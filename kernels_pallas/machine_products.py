@@ -18,9 +18,6 @@ from kernels_pallas import machine_words as low
 from kernels_pallas.machine_team import AWAKE, HANDLER, OPTIONS, PIECE, VERSION, WIDE_REGISTERS, num_workers, share
 
 PIECE_BYTES = 1 << 15  # of a matrix, at least: some microseconds of one thread
-
-
-MOST_TOKENS = 32
 _CHUNK = 64  # numbers of a row that are widened at a time
 _UNIT = 16  # rows that are not divided among threads
 

@@ -446,7 +446,6 @@ def _sum_of(builder: Any, vector: Any) -> Any:
 
 
 _LOADS = (_load_float32, _load_bfloat16, _load_int8, _load_float8)  # in the order of TYPES
-prefetch = instruction(types.none(types.intp), _emit_prefetch)
 prefetch_near = instruction(types.none(types.intp), lambda builder, at: _emit_prefetch(builder, at, 2))
 dots: Any = intrinsic(prefer_literal=True)(_type_dots)
 multiply: Any = intrinsic(prefer_literal=True)(_type_multiply)
