@@ -130,6 +130,7 @@ def compile_wide_product(
                 _dots_of_pairs(at, x_at, num_in, sums[:count])
             else:
                 count = min(together, end - o)
+                sums[:] = 0
                 for i in range(0, num_in, _CHUNK):
                     numbers = min(_CHUNK, num_in - i)
                     left, stride = at + i * itemsize, row_bytes
@@ -145,36 +146,20 @@ def compile_wide_product(
                                 widened[r, n] = low.wide(row[n])
                         left, stride = widened_at, 4 * _CHUNK
                     right = x_at + 4 * i * padded
-                    if i == 0:
-                        simd.multiply(
-                            left,
-                            stride,
-                            right,
-                            4 * padded,
-                            sums_at,
-                            4 * padded,
-                            numbers,
-                            count,
-                            ahead,
-                            together,
-                            vectors,
-                            0,
-                        )
-                    else:
-                        simd.multiply(
-                            left,
-                            stride,
-                            right,
-                            4 * padded,
-                            sums_at,
-                            4 * padded,
-                            numbers,
-                            count,
-                            ahead,
-                            together,
-                            vectors,
-                            1,
-                        )
+                    simd.multiply(
+                        left,
+                        stride,
+                        right,
+                        4 * padded,
+                        sums_at,
+                        4 * padded,
+                        numbers,
+                        count,
+                        ahead,
+                        together,
+                        vectors,
+                        1,
+                    )
             for r in range(count):
                 for token in range(tokens):
                     total = sums[r, token]

@@ -37,7 +37,7 @@ def _type_dots(_context, at, stride, x, count, out, limit, rows, tokens, kind):
         rights = [builder.add(x, builder.mul(count, ir.Constant(WORD, 4 * token))) for token in range(num_tokens)]
         before, loop, after = builder.block, builder.append_basic_block("dots"), builder.append_basic_block("dotted")
         end = builder.and_(count, ir.Constant(WORD, -16))
-        zero = ir.Constant(_REALS, [0.0] * 16)
+        zero = _all(0.0)
         builder.cbranch(builder.icmp_signed(">", end, ir.Constant(WORD, 0)), loop, after)
         builder.position_at_end(loop)
         i = builder.phi(WORD)
@@ -145,7 +145,7 @@ def _emit_multiply(
     each = [(row, vector) for row in range(num_rows) for vector in range(num_vectors)]
     targets = {(row, vector): at_vector(row_of(c, c_stride, row), vector) for row, vector in each}
     starts = [row_of(a, a_stride, row) for row in range(num_rows)]
-    zero = ir.Constant(_REALS, [0.0] * 16)
+    zero = _all(0.0)
     first = {one: _load_reals(builder, targets[one]) if adds else zero for one in each}
     before, loop, after = builder.block, builder.append_basic_block("product"), builder.append_basic_block("multiplied")
     builder.branch(loop)
@@ -429,7 +429,7 @@ def _load_float8(builder: Any, start: Any, i: Any) -> Any:
     bits = builder.zext(_load_vector(builder, builder.add(start, i), BYTE), _INTEGERS)
     size = builder.and_(bits, each(0x7F))
     normal = builder.bitcast(builder.add(builder.shl(size, each(20)), each(120 << 23)), _REALS)
-    small = builder.fmul(builder.sitofp(size, _REALS), ir.Constant(_REALS, [2.0**-9] * 16))
+    small = builder.fmul(builder.sitofp(size, _REALS), _all(2.0**-9))
     value = builder.select(builder.icmp_unsigned("<", size, each(8)), small, normal)
     sign = builder.shl(builder.and_(bits, each(0x80)), each(24))
     return builder.bitcast(builder.or_(builder.bitcast(value, _INTEGERS), sign), _REALS)
